@@ -1,0 +1,1 @@
+"""Everything that touches megatron-core: model, packing, loss head, optimizer, reference, checkpoints, the learner."""
