@@ -157,7 +157,7 @@ class ObjectiveOutput:
     metrics: dict[str, torch.Tensor]  # float64 [B] each, detached
 
 
-# sums a [B] tensor over context-parallel ranks, forwarding the gradient unchanged; the identity without context parallelism
+# sums a [B] tensor over context-parallel ranks and forwards the gradient; the identity without context parallelism
 Reduce = Callable[["torch.Tensor"], "torch.Tensor"]
 Objective = Callable[[TokenScores, Targets, Reduce], ObjectiveOutput]
 
