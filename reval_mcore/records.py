@@ -135,6 +135,15 @@ class TokenScores:
     initial_value: torch.Tensor  # float32 [B]: V(s_1) = logsumexp at s_1
     final_value: torch.Tensor  # float32 [B]: logsumexp after the last response token
 
+    def trajectory_score(self) -> torch.Tensor:
+        """F(tau), float64 [B]: the first response token's raw logit plus the log-probabilities of the others.
+
+        The learner's scoring pass and the objectives both call this, so F_ref and F_theta are the same formula. Sums
+        are float64: over 5,000 tokens an fp32 running sum is off by 0.05 nats, a bf16 one by thousands.
+        """
+        later = self.logprob.double().masked_fill(~self.in_loss | self.is_first, 0.0)
+        return self.first_logit.double().index_add(0, self.segment_ids, later)
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:

@@ -1,0 +1,82 @@
+"""Layer parts for machines without Transformer Engine, in plain torch: an RMSNorm and a packed core attention.
+
+megatron-core's own norm refuses sequence parallelism and its own core attention refuses packed sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+
+class RMSNorm(torch.nn.Module):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # finalize_model_grads all-reduces the gradients of marked weights over tensor-parallel ranks
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention over packed sequences (THD) on torch's scaled_dot_product_attention.
+
+    Sequences are laid out as rows of one padded batch for a single call. Padding stands on the right, where causal
+    attention of real positions never looks, so no mask is needed and padding changes nothing.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1, "PackedAttention sees whole sequences"
+        assert config.kv_channels is not None
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
+        assert packed_seq_params is not None, "PackedAttention takes packed sequences only"
+        starts, lengths = packed_seq_params.cu_seqlens_q[:-1], packed_seq_params.cu_seqlens_q.diff()
+        num_sequences, longest = len(lengths), packed_seq_params.max_seqlen_q
+        column = torch.arange(longest, device=query.device)
+        is_real = column < lengths[:, None]  # [B, longest]
+        slot = is_real.flatten().nonzero()[:, 0]  # [T]: place of each packed token in the padded batch
+        source = torch.where(is_real, starts[:, None] + column, 0).flatten()  # [B * longest]
+
+        def padded(packed: torch.Tensor) -> torch.Tensor:
+            rows = packed.index_select(0, source)  # padding repeats token 0; its output is dropped
+            return rows.view(num_sequences, longest, *rows.shape[1:]).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            padded(query),
+            padded(key),
+            padded(value),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=key.shape[-2] != query.shape[-2],
+        )
+        return out.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, slot)

@@ -1,0 +1,134 @@
+"""A megatron-core GPTModel from an HF directory."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from ..config import ModelConfig
+from . import hf_mapping
+from .hf_mapping import ModelSpec
+from .local_layers import PackedAttention, RMSNorm
+from .packing import MicroBatch
+from .topology import Topology
+
+
+def resolve_implementation(config: ModelConfig) -> str:
+    """ "te" or "local". Raises ValueError where Transformer Engine is asked for and cannot run."""
+    can_run = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    if config.implementation == "te" and not can_run:
+        raise ValueError(
+            'model.implementation = "te": Transformer Engine needs a GPU and pip install "reval_mcore[te]"; '
+            'install it, or give "local" or "auto"'
+        )
+    return "te" if can_run and config.implementation != "local" else "local"
+
+
+def transformer_config(spec: ModelSpec, config: ModelConfig, topology: Topology) -> TransformerConfig:
+    bf16 = config.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        kv_channels=spec.kv_channels,
+        layernorm_epsilon=spec.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.family.qkv_bias,
+        qk_layernorm=spec.family.qk_layernorm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=topology.groups.tp.size(),
+        # gradients become a sum divided by the count that the loss function returns: see Learner.update
+        calculate_per_token_loss=True,
+        attention_softmax_in_fp32=True,
+        # weights are loaded, not drawn; a model on the CPU cannot be made by the GPU initialisation
+        perform_initialization=False,
+        use_cpu_initialization=topology.device.type == "cpu",
+        # fused kernels come with Transformer Engine and Apex
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _layer_spec(config: TransformerConfig, implementation: str) -> TransformerBlockSubmodules | ModuleSpec:
+    if implementation == "te":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = RMSNorm
+    parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    # the final norm belongs to the block, not to a layer
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def build_model(config: ModelConfig, spec: ModelSpec, topology: Topology) -> GPTModel:
+    """The model of `config.hf_path` with its weights, on this rank's device, in `config.precision`."""
+    tp = topology.groups.tp
+    hf_mapping.check_layout(spec, tensor_model_parallel_size=tp.size())
+    transformer = transformer_config(spec, config, topology)
+    model = GPTModel(
+        config=transformer,
+        transformer_layer_spec=_layer_spec(transformer, resolve_implementation(config)),
+        vocab_size=spec.padded_vocab_size(tp.size()),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,  # pyright: ignore[reportArgumentType]  (annotated int, used as a number)
+        pg_collection=topology.groups,
+    )
+    hf_mapping.load_weights(model, Path(config.hf_path), spec, tp_size=tp.size(), tp_rank=tp.rank())
+    return model.to(topology.device)
+
+
+def wrap_precision(model: GPTModel) -> torch.nn.Module:
+    """bf16 weights and activations where the config says so; logits leave the last stage in fp32."""
+    return Float16Module(model.config, model) if model.config.bf16 else model
+
+
+def forward_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """Logits of this rank's vocabulary shard, [T, V / TP]; on earlier pipeline stages the hidden states as they are."""
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.cu_seqlens,
+        cu_seqlens_kv=micro_batch.cu_seqlens,
+        max_seqlen_q=micro_batch.max_seqlen,
+        max_seqlen_kv=micro_batch.max_seqlen,
+    )
+    return model(
+        input_ids=micro_batch.tokens[None],
+        position_ids=micro_batch.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=packed,
+    )
