@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, Strict, ValidationError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(  # strict: "8" is no number and true is not 1
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+# TOML has strings and lists for paths and tuples; the items of a list stay strict.
+_FROM_TOML = Strict(False)
+TomlPath = Annotated[Path, _FROM_TOML]
 
 
 def _interval(value: object) -> object:
@@ -36,15 +43,15 @@ def is_due(interval: int | Literal["never"], iteration: int) -> bool:
 
 
 class RunConfig(Section):
-    directory: Path
+    directory: TomlPath
     """Run directory; made when absent. Everything that the run writes lies below it."""
     num_iterations: PositiveInt
     """One iteration: collect, admit, `updates.per_iteration` updates, new weights to the engine."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 class ModelConfig(Section):
-    hf_path: Path
+    hf_path: TomlPath
     """Directory in Hugging Face format: config.json, safetensors, tokenizer. Weights and reference start from it."""
     implementation: Literal["auto", "local", "te"] = "auto"
     """Layer spec: Transformer Engine's, megatron-core's local one, or TE where it is installed."""
@@ -53,9 +60,9 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    train: Path
+    train: TomlPath
     """JSONL or verl-style Parquet."""
-    held_out: Path
+    held_out: TomlPath
     """Evaluation prompts; no prompt may be in both."""
     template: Literal["none", "chat"] = "none"
     """"chat" renders messages with the tokenizer's chat template; "none" takes the text as it is."""
@@ -73,18 +80,18 @@ class RolloutConfig(Section):
     num_responses: PositiveInt
     """N, responses to each prompt (one group)."""
     max_response_tokens: PositiveInt
-    temperature: float = Field(1.0, gt=0.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0)
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0: among all."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[tuple[int, ...], _FROM_TOML] = ()
     """Empty: those of the model's generation_config.json, else config.json."""
     max_batch_size: PositiveInt = 256
     """Sequences that the embedded engine generates at a time."""
 
 
 class VerifierConfig(Section):
-    timeout_s: float = Field(5.0, gt=0.0)
+    timeout_s: float = Field(default=5.0, gt=0.0)
     """Deadline for one answer; a worker that misses it is killed and replaced, and the answer counts as "timeout"."""
     num_workers: PositiveInt = 1
     """Processes for answers that exact comparison cannot settle; started on first use."""
@@ -118,7 +125,7 @@ class ReplayConfig(Section):
     sampler: Literal["uniform"] = "uniform"
     first_update: Literal["fresh", "uniform"] = "fresh"
     """The first update of an iteration: on the trajectories admitted last (the paper's appendix A), or sampled."""
-    min_size: int = Field(0, ge=0)
+    min_size: int = Field(default=0, ge=0)
     """No sampled update before the buffer holds this many."""
 
 
@@ -133,15 +140,15 @@ class UpdatesConfig(Section):
 
 class OptimizerConfig(Section):
     lr: float = Field(gt=0.0)
-    min_lr: float = Field(0.0, ge=0.0)
+    min_lr: float = Field(default=0.0, ge=0.0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """From lr to min_lr over all updates of the run, after the warm-up."""
-    warmup_updates: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0.0)
-    weight_decay: float = Field(0.0, ge=0.0)
+    warmup_updates: int = Field(default=0, ge=0)
+    betas: Annotated[tuple[float, float], _FROM_TOML] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
     """Not 0 is drift: the loss is 0 at the reference when rewards are 0, decay is not."""
-    clip_grad: float = Field(1.0, ge=0.0)
+    clip_grad: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0: never clip. See objective.loss_scale."""
 
 
@@ -157,11 +164,11 @@ class EvaluationConfig(Section):
     """Iterations between evaluations; before the first and after the last iteration there always is one."""
     num_samples: PositiveInt = 1
     """n, sampled responses a prompt, for avg@n and pass@k."""
-    pass_at_k: tuple[PositiveInt, ...] = (1,)
+    pass_at_k: Annotated[tuple[PositiveInt, ...], _FROM_TOML] = (1,)
     max_prompts: PositiveInt = 512
     """The first so many held-out prompts."""
-    temperature: float = Field(1.0, gt=0.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     greedy: bool = True
     """Also one greedy response a prompt."""
 
@@ -169,13 +176,15 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     interval: Interval = "never"
     """Iterations between checkpoints; there is one after the last iteration unless this is "never"."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept; replay shards that one of them needs are kept with it."""
 
 
 class LoggingConfig(Section):
     tensorboard: bool = True
-    num_text_samples: int = Field(2, ge=0)
+    num_text_samples: int = Field(default=2, ge=0)
     """Trajectories written out as text each evaluation interval."""
-    mismatch_trajectories: int = Field(32, ge=0)
+    mismatch_trajectories: int = Field(default=32, ge=0)
     """Fresh trajectories an iteration whose engine log-probabilities are compared with the learner's."""
 
 
@@ -368,6 +377,15 @@ def _check_held_out(prompts: PromptsConfig) -> Iterator[Problem]:
         )
 
 
+def _check_system_prompt(prompts: PromptsConfig) -> Iterator[Problem]:
+    if prompts.system_prompt and prompts.template == "none":
+        yield Problem(
+            "prompts.system_prompt",
+            prompts.system_prompt,
+            'nothing renders it with prompts.template = "none"; use "chat", or leave it out',
+        )
+
+
 _CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_group_shaping, ("reward", "rollout")),
     (_check_capacity, ("replay", "rollout", "updates")),
@@ -375,6 +393,7 @@ _CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_schedule, ("optimizer", "run", "updates")),
     (_check_pass_at_k, ("evaluation",)),
     (_check_held_out, ("prompts",)),
+    (_check_system_prompt, ("prompts",)),
 )
 
 
@@ -418,6 +437,8 @@ def _read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(str(path), [Problem("file", str(path), "there is no such file; check the path")]) from None
+    except IsADirectoryError:
+        raise ConfigError(str(path), [Problem("file", str(path), "not a file; give a TOML file")]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [Problem("file", str(path), f"is not TOML: {error}")]) from None
     base = raw.pop("extends", None)

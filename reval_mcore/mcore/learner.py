@@ -18,7 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..config import Config
-from ..records import Batch, Objective, ReferenceScores, Scores, Targets, TokenScores, UpdateStats
+from ..records import Batch, Objective, Scores, Targets, TokenScores, UpdateStats
 from . import checkpoint, hf_mapping
 from .loss_head import token_scores
 from .model import build_model, forward_logits, wrap_precision
@@ -99,19 +99,12 @@ class Learner:
                 _scatter_logprobs(scores.logprobs, micro_batch, details["logprob"])
         return scores
 
-    def score_reference(self, batch: Batch) -> ReferenceScores:
+    def score_reference(self, batch: Batch) -> Scores:
         """Score a batch with the reference weights. Costs no swap while policy and reference are the same."""
         if self._reference_is_policy:
-            scores = self.score(batch)
-        else:
-            with self._copies.swapped_in("reference"):
-                scores = self.score(batch)
-        return ReferenceScores(
-            trajectory_score=scores.trajectory_score,
-            initial_value=scores.initial_value,
-            final_value=scores.final_value,
-            reference_version=np.full(len(batch), self.reference_version, np.int64),
-        )
+            return self.score(batch)
+        with self._copies.swapped_in("reference"):
+            return self.score(batch)
 
     # ------------------------------------------------------------ training
 

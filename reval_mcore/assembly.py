@@ -1,0 +1,150 @@
+"""Putting a run together: from a configuration to a Trainer with all its parts, and taking it apart again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .collector import Answerer, Collector
+from .config import Config
+from .evaluation import EvaluationResult, evaluate
+from .mcore.learner import Learner
+from .mcore.topology import Topology, open_topology
+from .metrics import MetricsWriter
+from .prompts import load_prompts, load_tokenizer, overlap, template_hash, tokenizer_hash
+from .records import Prompt
+from .replay.buffer import ReplayBuffer
+from .replay.shards import ShardName, ShardWriter
+from .rollout.embedded import EmbeddedEngine
+from .rollout.engine import RolloutEngine
+from .run_directory import WEIGHTS, RunDirectory, read_trainer_state
+from .trainer import Trainer
+from .verifiers import VerifierPool
+
+
+def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts. Raises ValueError where a prompt is in both."""
+    train = load_prompts(config.prompts.train, config.prompts, tokenizer)
+    held_out = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
+    shared = overlap(train, held_out)
+    if shared:
+        raise ValueError(
+            f"prompts.held_out = {config.prompts.held_out}: {len(shared)} of its prompts are training prompts too, "
+            f"{shared[0][1].prompt_id!r} among them; remove them from one of the files"
+        )
+    return train, held_out
+
+
+def stop_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """rollout.stop_token_ids, else those of generation_config.json or config.json, else the tokenizer's."""
+    if config.rollout.stop_token_ids:
+        return config.rollout.stop_token_ids
+    for name in ("generation_config.json", "config.json"):
+        path = config.model.hf_path / name
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    if isinstance(tokenizer.eos_token_id, int):
+        return (tokenizer.eos_token_id,)
+    raise ValueError(f"rollout.stop_token_ids: {config.model.hf_path} names no end-of-sequence token; give it here")
+
+
+@contextlib.contextmanager
+def open_trainer(config: Config) -> Iterator[Trainer]:
+    """Everything of a run, ready to train, resumed where the run directory holds a checkpoint."""
+    tokenizer = load_tokenizer(config.model.hf_path)
+    train_prompts, held_out = read_prompts(config, tokenizer)
+    stops = stop_token_ids(config, tokenizer)
+    directory = RunDirectory(config.run.directory)
+    checkpoint = directory.open(config)
+    with contextlib.ExitStack() as stack:
+        topology = stack.enter_context(open_topology())
+        learner = Learner(config, topology)
+        engine = _make_engine(config, topology)
+        stack.callback(engine.close)
+        verifier = stack.enter_context(VerifierPool(config.verifier))
+        replay = ReplayBuffer(
+            directory.replay, capacity=config.replay.capacity, seed=config.run.seed, sampler=config.replay.sampler
+        )
+        writer = ShardWriter(
+            directory.replay,
+            writer="inline",
+            incarnation=_next_incarnation(directory.replay),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            template_hash=template_hash(tokenizer, config.prompts),
+        )
+        answerer = Answerer(engine, tokenizer, verifier)
+        collector = Collector(config, train_prompts, answerer, writer, stops)
+        metrics = _open_metrics(config, directory, checkpoint)
+        stack.callback(metrics.close)
+        trainer = Trainer(
+            config,
+            learner=learner,
+            engine=engine,
+            answerer=answerer,
+            collector=collector,
+            replay=replay,
+            held_out=held_out,
+            stop_token_ids=stops,
+            directory=directory,
+            metrics=metrics,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        yield trainer
+
+
+def _make_engine(config: Config, topology: Topology) -> RolloutEngine:
+    return EmbeddedEngine(
+        config.model.hf_path,
+        dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
+        device=topology.device,
+        max_batch_size=config.rollout.max_batch_size,
+    )
+
+
+def _open_metrics(config: Config, directory: RunDirectory, checkpoint: Path | None) -> MetricsWriter:
+    """Where a run resumes, the lines and events of the abandoned future are cut first."""
+    first_iteration = 0 if checkpoint is None else read_trainer_state(checkpoint)["iteration"]
+    directory.cut_metrics(first_iteration)
+    return MetricsWriter(
+        directory.path,
+        first_iteration=first_iteration,
+        num_iterations=config.run.num_iterations,
+        tensorboard=config.logging.tensorboard,
+        console=sys.stdout,
+    )
+
+
+def _next_incarnation(replay: Path) -> int:
+    names = [ShardName.parse(path.name) for path in replay.glob("*/*.parquet")]
+    return 1 + max((name.incarnation for name in names if name is not None), default=-1)
+
+
+def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResult:
+    """Evaluate model.hf_path, or a checkpoint of a run of this config, on the held-out prompts."""
+    tokenizer = load_tokenizer(config.model.hf_path)
+    prompts = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
+    with contextlib.ExitStack() as stack:
+        topology = stack.enter_context(open_topology())
+        engine = _make_engine(config, topology)
+        stack.callback(engine.close)
+        if checkpoint is not None:
+            learner = Learner(config, topology)
+            learner.load(checkpoint / WEIGHTS)
+            engine.update_weights(learner.export_weights(), read_trainer_state(checkpoint)["iteration"])
+        verifier = stack.enter_context(VerifierPool(config.verifier))
+        return evaluate(
+            Answerer(engine, tokenizer, verifier),
+            prompts,
+            config.evaluation,
+            seed=config.run.seed,
+            max_response_tokens=config.rollout.max_response_tokens,
+            stop_token_ids=stop_token_ids(config, tokenizer),
+        )

@@ -1,0 +1,128 @@
+"""The run directory: where things lie in it, and how they get there whole.
+
+config.toml   metrics.jsonl   tensorboard/   replay/   summary.json   curve.png
+checkpoints/step_000200/      a distributed checkpoint (weights/), trainer.json, replay.npz
+checkpoints/latest            a link to the newest complete one; what is not linked from here does not count
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import Config, dumps
+
+# the parts of a checkpoint
+WEIGHTS, TRAINER_STATE, REPLAY_STATE = "weights", "trainer.json", "replay.npz"
+
+
+class RunDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.replay = path / "replay"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    def open(self, config: Config) -> Path | None:
+        """Make the directory, or find the checkpoint to go on from; None to start afresh.
+
+        Raises ValueError where a run without a checkpoint lies here: going on is impossible, starting over would mix
+        two runs.
+        """
+        latest = self.latest_checkpoint()
+        if latest is None and self.metrics.exists():
+            raise ValueError(
+                f"run.directory = {self.path}: holds a run without a checkpoint; remove it, or give another directory"
+            )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self.checkpoints.glob(".writing_*"):
+            shutil.rmtree(leftover)
+        write_text(self.path / "config.toml", dumps(config))
+        return latest
+
+    def latest_checkpoint(self) -> Path | None:
+        link = self.checkpoints / "latest"
+        return self.checkpoints / os.readlink(link) if link.is_symlink() else None
+
+    def kept_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step_*"))
+
+    def begin_checkpoint(self, iteration: int) -> Path:
+        """An empty directory to write a checkpoint into, invisible until published."""
+        path = self.checkpoints / f".writing_{iteration:06d}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def publish_checkpoint(self, written: Path, *, keep: int) -> Path:
+        """Make a written checkpoint the latest, then remove the oldest above `keep`."""
+        for path in (*written.rglob("*"), written):
+            fsync(path)
+        final = self.checkpoints / written.name.replace(".writing_", "step_")
+        if final.exists():  # an abandoned future: the run was resumed from before it
+            shutil.rmtree(final)
+        written.rename(final)
+        fsync(self.checkpoints)
+        link = self.checkpoints / ".writing_latest"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.rename(self.checkpoints / "latest")
+        fsync(self.checkpoints)
+        for old in self.kept_checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def cut_metrics(self, first_iteration: int) -> None:
+        """Drop what an abandoned future wrote: lines of `first_iteration` and later, and a torn last line."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["iteration"] < first_iteration]
+            write_text(self.metrics, "".join(kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file atomically: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    fsync(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The counters of a checkpoint. Raises ValueError where there is none."""
+    path = checkpoint / TRAINER_STATE
+    if not path.is_file():
+        raise ValueError(f"{checkpoint}: not a checkpoint of a run; give RUN/checkpoints/step_... or .../latest")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,284 @@
+"""The ReVal loop: the only room where collection, replay, objectives and megatron-core meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .collector import Answerer, Collected, Collector
+from .config import Config, is_due
+from .evaluation import EvaluationResult, evaluate
+from .mcore.learner import Learner
+from .metrics import MetricsWriter, PhaseClock
+from .objectives import make_objective, make_targets
+from .records import Batch, Prompt, UpdateStats
+from .replay.buffer import ReplayBuffer
+from .rollout.engine import RolloutEngine
+from .run_directory import (
+    REPLAY_STATE,
+    TRAINER_STATE,
+    WEIGHTS,
+    RunDirectory,
+    read_arrays,
+    read_trainer_state,
+    write_arrays,
+    write_json,
+)
+
+_CONSOLE = {
+    "collect/accuracy": "accuracy",
+    "update/loss": "loss",
+    "update/residual_abs": "|residual|",
+    "update/grad_norm": "grad",
+    "update/log_ratio": "log-ratio",
+}
+
+
+@dataclass
+class Progress:
+    """Where a run is: counters and results that outlive a restart."""
+
+    iteration: int = 0  # the next one
+    num_updates: int = 0  # attempted
+    num_skipped_updates: int = 0
+    num_trajectories: int = 0
+    num_reference_resets: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    evaluation_before: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        learner: Learner,
+        engine: RolloutEngine,
+        answerer: Answerer,
+        collector: Collector,
+        replay: ReplayBuffer,
+        held_out: Sequence[Prompt],
+        stop_token_ids: tuple[int, ...],
+        directory: RunDirectory,
+        metrics: MetricsWriter,
+    ) -> None:
+        self.config = config
+        self.learner = learner
+        self.engine = engine
+        self.answerer = answerer
+        self.collector = collector
+        self.replay = replay
+        self.held_out = held_out
+        self.stop_token_ids = stop_token_ids
+        self.directory = directory
+        self.metrics = metrics
+        self.objective = make_objective(config.objective)
+        self.clock = PhaseClock()
+        self.progress = Progress()
+
+    # ------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """One iteration: engine at policy version v; collect, admit, update K times; version v + 1 to the engine."""
+        config, progress = self.config, self.progress
+        for iteration in range(progress.iteration, config.run.num_iterations):
+            collected = self.collect(iteration)
+            fresh = self.admit(collected)
+            mismatch = self.measure_mismatch(fresh)
+            updates = [self.update(batch) for batch in self.batches(fresh)]
+            self.publish_weights(iteration + 1)
+            if is_due(config.reference.reset_interval, iteration):
+                self.reset_reference(iteration + 1)
+            evaluation = self.evaluate() if is_due(config.evaluation.interval, iteration) else None
+            progress.iteration = iteration + 1
+            self.log(iteration, collected, mismatch, updates, evaluation)
+            if is_due(config.checkpoint.interval, iteration):
+                self.save()
+
+    # ------------------------------------------------------------ its steps
+
+    def collect(self, iteration: int) -> Collected:
+        with self.clock.phase("collect"):
+            return self.collector.collect(iteration)
+
+    def admit(self, collected: Collected) -> np.ndarray:
+        """Journal the fresh trajectories, evict the oldest, and have the reference score what is new: int64 rows."""
+        with self.clock.phase("admit"):
+            fresh = self.replay.admit([collected.shard])
+        self.progress.num_trajectories += len(fresh)
+        self.score(fresh)
+        return fresh
+
+    def score(self, rows: np.ndarray) -> None:
+        """Store reference scores for those of `rows` that have none of the current reference."""
+        version = self.learner.reference_version
+        stale = self.replay.stale_rows(rows, version)
+        size = self.config.updates.batch_size
+        with self.clock.phase("score"):
+            for start in range(0, len(stale), size):
+                chunk = stale[start : start + size]
+                scores = self.learner.score_reference(self.replay.batch(chunk))
+                self.replay.set_reference_scores(chunk, scores, version)
+
+    def batches(self, fresh: np.ndarray) -> Iterator[Batch]:
+        """The K batches of an iteration. Under lazy refresh, rows of an older reference are scored here."""
+        config = self.config
+        for index in range(config.updates.per_iteration):
+            if index == 0 and config.replay.first_update == "fresh":
+                batch = self.replay.batch(fresh)
+            elif len(self.replay) >= config.replay.min_size:
+                batch = self.replay.sample(config.updates.batch_size, self.progress.num_updates)
+            else:
+                return
+            if len(self.replay.stale_rows(batch.rows, self.learner.reference_version)):
+                self.score(batch.rows)
+                batch = self.replay.batch(batch.rows)
+            yield batch
+
+    def update(self, batch: Batch) -> UpdateStats:
+        with self.clock.phase("update"):
+            stats = self.learner.update(batch, make_targets(batch, self.config.reward), self.objective)
+        self.replay.record_update(batch.rows, stats.residual)
+        self.progress.num_updates += 1
+        self.progress.num_skipped_updates += stats.skipped
+        return stats
+
+    def publish_weights(self, version: int) -> None:
+        with self.clock.phase("weights"):
+            self.engine.update_weights(self.learner.export_weights(), version)
+
+    def reset_reference(self, version: int) -> None:
+        """reference <- policy. Eager refresh sweeps the buffer now, while both are the same weights."""
+        self.learner.reset_reference(version)
+        self.progress.num_reference_resets += 1
+        if self.config.reference.refresh == "eager":
+            self.score(self.replay.live_rows)
+
+    def measure_mismatch(self, fresh: np.ndarray) -> dict[str, float]:
+        """Engine against learner: log-probabilities of the same tokens under the same weights. Never in the loss."""
+        rows = fresh[: self.config.logging.mismatch_trajectories]
+        if len(rows) == 0:
+            return {}
+        batch = self.replay.batch(rows)
+        with self.clock.phase("mismatch"):
+            logprobs = self.learner.score(batch).logprobs
+        gap = np.abs(logprobs - batch.rollout_logprobs)[batch.loss_mask]
+        return {"mismatch/logprob_abs_mean": float(gap.mean()), "mismatch/logprob_abs_max": float(gap.max())}
+
+    def evaluate(self) -> EvaluationResult:
+        with self.clock.phase("evaluate"):
+            return evaluate(
+                self.answerer,
+                self.held_out,
+                self.config.evaluation,
+                seed=self.config.run.seed,
+                max_response_tokens=self.config.rollout.max_response_tokens,
+                stop_token_ids=self.stop_token_ids,
+            )
+
+    # ------------------------------------------------------------ what a run leaves behind
+
+    def log(
+        self,
+        iteration: int,
+        collected: Collected,
+        mismatch: dict[str, float],
+        updates: Sequence[UpdateStats],
+        evaluation: EvaluationResult | None,
+    ) -> None:
+        seconds = self.clock.take_step()
+        metrics = {f"collect/{name}": value for name, value in collected.metrics.items()}
+        metrics |= mismatch | _update_metrics(updates)
+        metrics |= {f"replay/{name}": v for name, v in self.replay.statistics(iteration + 1).items()}
+        metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+        metrics |= {
+            "progress/num_updates": float(self.progress.num_updates),
+            "progress/num_skipped_updates": float(self.progress.num_skipped_updates),
+            "progress/num_trajectories": float(self.progress.num_trajectories),
+            "progress/reference_age": float(iteration + 1 - self.learner.reference_version),
+        }
+        if evaluation is not None:
+            metrics |= {f"evaluation/{name}": value for name, value in evaluation.metrics().items()}
+            for index, sample in enumerate(collected.samples):
+                self.metrics.text(f"samples/{index}", sample, iteration)
+        self.metrics.write(iteration, metrics)
+        shown = _CONSOLE | {"evaluation/accuracy": "held-out", "evaluation/greedy_accuracy": "greedy"}
+        self.metrics.line(iteration, metrics, shown)
+
+    def save(self) -> None:
+        """Write a checkpoint, publish it, and remove shards that no kept one needs."""
+        with self.clock.phase("checkpoint"):
+            written = self.directory.begin_checkpoint(self.progress.iteration)
+            (written / WEIGHTS).mkdir()
+            self.learner.save(written / WEIGHTS)
+            state = asdict(self.progress) | {"seconds": self.seconds(), "first_live_row": self.replay.first_live_row}
+            write_json(written / TRAINER_STATE, state)
+            write_arrays(written / REPLAY_STATE, self.replay.state_dict())
+            self.directory.publish_checkpoint(written, keep=self.config.checkpoint.keep)
+            needed = [read_trainer_state(path)["first_live_row"] for path in self.directory.kept_checkpoints()]
+            self.replay.unlink_evicted(min(needed))
+
+    def run(self) -> dict[str, object]:
+        """Evaluate, train, evaluate; returns the summary, which is written to summary.json."""
+        checkpoint = self.config.checkpoint
+        if not self.progress.evaluation_before:
+            self.progress.evaluation_before = self.evaluate().metrics()
+        self.train()
+        if checkpoint.interval != "never" and not is_due(checkpoint.interval, self.progress.iteration - 1):
+            self.save()
+        summary = self.summary(self.evaluate())
+        write_json(self.directory.path / "summary.json", summary)
+        return summary
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint. What was written after it is abandoned, and made again."""
+        state = read_trainer_state(checkpoint)
+        del state["first_live_row"]
+        self.progress = Progress(**state)
+        self.learner.load(checkpoint / WEIGHTS)
+        self.replay.load_state_dict(read_arrays(checkpoint / REPLAY_STATE))
+        self.publish_weights(self.progress.iteration)
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, over all attempts."""
+        names = {**self.progress.seconds, **self.clock.total_s}
+        return {n: self.progress.seconds.get(n, 0.0) + self.clock.total_s.get(n, 0.0) for n in names}
+
+    def summary(self, after: EvaluationResult) -> dict[str, object]:
+        progress = self.progress
+        return {
+            **{f"{name}_before": value for name, value in progress.evaluation_before.items()},
+            **{f"{name}_after": value for name, value in after.metrics().items()},
+            "evaluation": {
+                "num_prompts": after.num_prompts,
+                "num_samples": after.num_samples,
+                "temperature": after.temperature,
+                "top_p": after.top_p,
+                "max_response_tokens": after.max_response_tokens,
+            },
+            "seed": self.config.run.seed,
+            "num_parameters": self.learner.num_parameters,
+            "iterations": progress.iteration,
+            "trajectories_generated": progress.num_trajectories,
+            "updates": progress.num_updates,
+            "skipped_updates": progress.num_skipped_updates,
+            "reference_resets": progress.num_reference_resets,
+            "seconds": {name: round(value, 2) for name, value in self.seconds().items()},
+        }
+
+
+def _update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Means over the updates of an iteration, and quantiles of all their residuals."""
+    if not updates:
+        return {}
+    names = updates[0].metrics
+    metrics = {f"update/{name}": float(np.mean([stats.metrics[name] for stats in updates])) for name in names}
+    residual = np.concatenate([stats.residual for stats in updates])
+    for percent in (5, 50, 95):
+        metrics[f"update/residual_p{percent:02d}"] = float(np.percentile(residual, percent))
+    metrics["update/residual_abs"] = float(np.abs(residual).mean())
+    metrics["update/num_skipped"] = float(sum(stats.skipped for stats in updates))
+    return metrics
