@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from .collector import Answerer, Collector
@@ -53,6 +55,15 @@ def stop_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[
     if isinstance(tokenizer.eos_token_id, int):
         return (tokenizer.eos_token_id,)
     raise ValueError(f"rollout.stop_token_ids: {config.model.hf_path} names no end-of-sequence token; give it here")
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say about their own internals: nobody who trains can act on it."""
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings(
+        "ignore", message=r".*is deprecated\. Please use `torch\.distributed\.", category=FutureWarning
+    )
+    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
 
 
 @contextlib.contextmanager

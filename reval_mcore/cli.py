@@ -43,8 +43,9 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = load(arguments.config, arguments.overrides)
-    from .assembly import open_trainer
+    from .assembly import open_trainer, quiet_libraries
 
+    quiet_libraries()
     with open_trainer(config) as trainer:
         summary = trainer.run()
     print(f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}; {config.run.directory}")
@@ -55,8 +56,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.hf is not None:
         overrides.append(f"model.hf_path='{arguments.hf}'")
     config = load(arguments.config, overrides)
-    from .assembly import evaluate_weights
+    from .assembly import evaluate_weights, quiet_libraries
 
+    quiet_libraries()
     result = evaluate_weights(config, arguments.checkpoint)
     print(
         f"{result.num_prompts} prompts, {result.num_samples} samples each, temperature {result.temperature:g}, "

@@ -54,7 +54,9 @@ class Answerer:
         cells = [(prompt, index) for prompt in prompts for index in range(num_responses)]
         requests = [GenerationRequest(prompt.token_ids, seed(prompt, index)) for prompt, index in cells]
         responses = self._engine.generate(requests, sampling)
-        texts = [self._tokenizer.decode(response.token_ids, skip_special_tokens=True) for response in responses]
+        texts = self._tokenizer.batch_decode(
+            [response.token_ids.tolist() for response in responses], skip_special_tokens=True
+        )
         verdicts = self._verifier.verify([(text, cell[0].answer) for text, cell in zip(texts, cells, strict=True)])
         return [
             Answered(prompt, index, response, text, verdict)

@@ -47,8 +47,12 @@ class MetricsWriter:
         self._tensorboard = _summary_writer(directory / "tensorboard", first_iteration) if tensorboard else None
         self._num_iterations = num_iterations
         self._console = console
-        self._started = time.perf_counter()
+        self._started_at = time.perf_counter()
         self._num_written = 0
+
+    def start_clock(self) -> None:
+        """Pace and time left are counted from here."""
+        self._started_at = time.perf_counter()
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """`metrics` by "group/name". Values that JSON has no word for (nan, inf) are written as strings."""
@@ -66,7 +70,7 @@ class MetricsWriter:
 
     def line(self, iteration: int, metrics: Mapping[str, float], shown: Mapping[str, str]) -> None:
         """One console line: progress, the metrics named in `shown` (key -> label), pace and time left."""
-        elapsed = time.perf_counter() - self._started
+        elapsed = time.perf_counter() - self._started_at
         pace = elapsed / max(self._num_written, 1)
         left = pace * (self._num_iterations - iteration - 1)
         width = len(str(self._num_iterations))

@@ -7,6 +7,8 @@ or one with another parallel layout, draws the same numbers because it asks the 
 from __future__ import annotations
 
 import hashlib
+import json
+import operator
 from typing import Literal
 
 import numpy as np
@@ -18,7 +20,8 @@ Purpose = Literal[
 
 def stream_key(seed: int, purpose: Purpose, *items: int | str) -> int:
     """128-bit key of the stream (seed, purpose, items). `items` name the thing drawn for: an iteration, a prompt id."""
-    text = "\x1f".join([str(seed), purpose, *(f"{type(item).__name__}:{item}" for item in items)])
+    parts = [seed, purpose, *(item if isinstance(item, str) else operator.index(item) for item in items)]
+    text = json.dumps(parts)  # tells 3 from "3", and one item from two
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 

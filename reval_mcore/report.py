@@ -59,15 +59,13 @@ def draw_curve(run: Path) -> Path:
     resets = _resets(records)
     _draw_accuracy(figure.add_subplot(grid[0, :]), records, summary, resets)
     small = (
-        ("update/residual_abs", "mean |residual| (nats)", True),
-        ("update/log_ratio", "log π(τ) / π_ref(τ) (nats)", False),
-        ("replay/age_mean", "mean age in the buffer (policy versions)", False),
+        ("update/residual_abs", r"mean |residual|, nats"),
+        ("update/log_ratio", r"mean $\log\,\pi_\theta(\tau)\,/\,\pi_{ref}(\tau)$, nats"),
+        ("replay/age_mean", "mean age in the buffer, policy versions"),
     )
-    for column, (key, title, is_log) in enumerate(small):
+    for column, (key, title) in enumerate(small):
         axes = figure.add_subplot(grid[1, column])
-        iterations, values = _series(records, key)
-        axes.plot(iterations, values, color=_INK, linewidth=1.0)
-        axes.set_yscale("log" if is_log and (values > 0).all() else "linear")
+        axes.plot(*_series(records, key), color=_INK, linewidth=1.0)
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("iteration", fontsize=8)
         _tidy(axes, resets)
@@ -91,7 +89,9 @@ def _draw_accuracy(
         if len(x):
             axes.plot(x, y, style, color=_HELD_OUT, markersize=4, linewidth=1.2, label=f"held-out prompts, {label}")
             axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), xytext=(6, -3), textcoords="offset points", fontsize=9)
-    axes.set_ylim(0.0, 1.0)
+    for iteration in resets[:1]:
+        axes.axvline(iteration, color=_FAINT, linewidth=0.8, linestyle=":", label="reference reset")
+    axes.set_ylim(0.0, 1.02)
     axes.set_ylabel("accuracy")
     axes.set_xlabel("iteration")
     axes.set_title(_title(summary), fontsize=11, loc="left")
@@ -115,3 +115,4 @@ def _tidy(axes: Any, resets: Sequence[int]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)

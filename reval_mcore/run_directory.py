@@ -36,7 +36,10 @@ class RunDirectory:
         two runs.
         """
         latest = self.latest_checkpoint()
-        if latest is None and self.metrics.exists():
+        has_run = any(
+            path.stat().st_size > 0 for path in (self.metrics, self.replay / "journal.jsonl") if path.exists()
+        )
+        if latest is None and has_run:
             raise ValueError(
                 f"run.directory = {self.path}: holds a run without a checkpoint; remove it, or give another directory"
             )

@@ -84,6 +84,7 @@ class Trainer:
     def train(self) -> None:
         """One iteration: engine at policy version v; collect, admit, update K times; version v + 1 to the engine."""
         config, progress = self.config, self.progress
+        self.metrics.start_clock()
         for iteration in range(progress.iteration, config.run.num_iterations):
             collected = self.collect(iteration)
             fresh = self.admit(collected)
@@ -128,6 +129,8 @@ class Trainer:
         config = self.config
         for index in range(config.updates.per_iteration):
             if index == 0 and config.replay.first_update == "fresh":
+                if len(fresh) == 0:  # the shard was damaged on disk and is in quarantine
+                    continue
                 batch = self.replay.batch(fresh)
             elif len(self.replay) >= config.replay.min_size:
                 batch = self.replay.sample(config.updates.batch_size, self.progress.num_updates)
@@ -234,12 +237,13 @@ class Trainer:
         return summary
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. What was written after it is abandoned, and made again."""
+        """Go on from a checkpoint. What was collected after it is removed, and collected again with equal results."""
         state = read_trainer_state(checkpoint)
         del state["first_live_row"]
         self.progress = Progress(**state)
         self.learner.load(checkpoint / WEIGHTS)
         self.replay.load_state_dict(read_arrays(checkpoint / REPLAY_STATE))
+        self.replay.discard_pending()
         self.publish_weights(self.progress.iteration)
 
     def seconds(self) -> dict[str, float]:

@@ -27,4 +27,6 @@ def save(directory: Path, state: dict[str, Any]) -> None:
 
 def load(directory: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Read `directory` into tensors laid out like `template`; collective."""
-    return dist_checkpointing.load(template, str(directory))
+    state = dist_checkpointing.load(template, str(directory))
+    assert isinstance(state, dict)
+    return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -75,10 +76,11 @@ def transformer_config(spec: ModelSpec, config: ModelConfig, topology: Topology)
     )
 
 
-def _layer_spec(config: TransformerConfig, implementation: str) -> TransformerBlockSubmodules | ModuleSpec:
+def _layer_spec(config: TransformerConfig, implementation: str) -> Any:
+    """A layer spec, or a block spec with it; megatron-core takes either and types neither's parts."""
     if implementation == "te":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
@@ -86,8 +88,8 @@ def _layer_spec(config: TransformerConfig, implementation: str) -> TransformerBl
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # the final norm belongs to the block, not to a layer
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    norm: Any = RMSNorm  # the final norm belongs to the block, not to a layer
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def build_model(config: ModelConfig, spec: ModelSpec, topology: Topology) -> GPTModel:

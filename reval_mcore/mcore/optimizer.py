@@ -96,7 +96,7 @@ class Optimizer:
         limit = self._config.clip_grad
         if grad_norm > limit > 0.0:
             for part in _parts(self._optimizer):
-                clip_grad_by_total_norm_fp32(part.get_parameters(), limit, grad_norm)
+                clip_grad_by_total_norm_fp32([*part.get_parameters()], limit, grad_norm)
         self._optimizer.step_with_ready_grads()
         clipped = min(grad_norm, limit) if limit > 0.0 else grad_norm
         return StepResult(grad_norm, clipped, learning_rate, skipped=False)

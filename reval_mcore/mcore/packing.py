@@ -53,9 +53,9 @@ def build_micro_batch(batch: Batch, members: np.ndarray, device: torch.device) -
     """Pack the trajectories `members` of the batch, in this order."""
     lengths = batch.lengths[members]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    slots = np.concatenate([np.arange(batch.cu_seqlens[m], batch.cu_seqlens[m + 1]) for m in members.tolist()])
     segment_ids = np.repeat(np.arange(len(members)), lengths)
-    position_ids = np.arange(len(slots)) - cu_seqlens[:-1][segment_ids]
+    position_ids = np.arange(cu_seqlens[-1]) - cu_seqlens[:-1][segment_ids]
+    slots = batch.cu_seqlens[members][segment_ids] + position_ids
     last = cu_seqlens[1:] - 1
     tokens, mask = batch.tokens[slots].astype(np.int64), batch.loss_mask[slots]
     targets, in_loss = np.roll(tokens, -1), np.roll(mask, -1)  # shifted before any sharding of positions

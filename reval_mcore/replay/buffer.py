@@ -166,12 +166,18 @@ class ReplayBuffer:
         limit = min(keep_from_row, self.first_live_row)
         folder = self.directory / SHARDS
         present = set(os.listdir(folder))
-        # an admission of no rows (all skipped) still has a place in the order, which a resume before it needs
-        evicted = [a.shard for a in self._index.admitted.values() if a.first_row < limit and a.end_row <= limit]
+        evicted = [admit.shard for admit in self._index.admitted.values() if admit.end_row <= limit]
         unlinked = [name for name in evicted if name in present]
         for name in unlinked:
             (folder / name).unlink()
         return unlinked
+
+    def discard_pending(self) -> list[str]:
+        """Remove the files of pending shards: those of a future that was abandoned by a resume. Returns their names."""
+        names = self.pending_shards()
+        for name in names:
+            (self.directory / SHARDS / name).unlink(missing_ok=True)
+        return names
 
     def _pending(self, names: Iterable[str]) -> list[str]:
         parsed = sorted(filter(None, map(ShardName.parse, names)))
@@ -183,7 +189,7 @@ class ReplayBuffer:
         except CorruptShardError as error:
             self._quarantine(name, str(error))
             return
-        skipped = self._skipped(shard)
+        skipped = tuple(i for i, name in enumerate(shard.trajectory_ids) if name in self._trajectory_ids)
         shard = shard.without(skipped)
         admit = Admit(name, shard.file_crc32, len(shard), self._index.next_row, skipped)
         evictions = self._evictions(len(shard))
@@ -195,17 +201,6 @@ class ReplayBuffer:
             self._segments.append(_Segment(admit.first_row, shard))
         for evict in evictions:
             self._evict(evict)
-
-    def _skipped(self, shard: LoadedShard) -> tuple[int, ...]:
-        """Places of trajectories that are live already, or came earlier in the same shard."""
-        first_places: dict[str, int] = {}
-        for place, name in enumerate(shard.trajectory_ids):
-            first_places.setdefault(name, place)
-        return tuple(
-            place
-            for place, name in enumerate(shard.trajectory_ids)
-            if name in self._trajectory_ids or first_places[name] != place
-        )
 
     def _evictions(self, num_new: int) -> list[Evict]:
         excess = len(self) + num_new - self.capacity

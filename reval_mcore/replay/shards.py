@@ -226,8 +226,7 @@ def serialize(
 ) -> pa.Buffer:
     """The bytes of a shard. Rewards, group statistics, temperature and top_p are rounded to float32.
 
-    The trajectories are checked by assert: at least one, unique ids, whole groups, arrays of the right types and
-    lengths, spans that cover the response.
+    The trajectories are checked by assert: unique ids, whole groups, types and lengths of arrays, spans that cover.
     """
     _check_groups(trajectories)
     for trajectory in trajectories:
@@ -239,7 +238,7 @@ def serialize(
         tokenizer_hash=tokenizer_hash,
         template_hash=template_hash,
         num_trajectories=len(trajectories),
-        num_groups=len({trajectory.group_id for trajectory in trajectories}),
+        num_groups=len({t.group_id for t in trajectories}),
         num_tokens=sum(len(t.prompt_tokens) + len(t.response_tokens) for t in trajectories),
         min_policy_version=min(versions),
         max_policy_version=max(versions),
@@ -327,7 +326,7 @@ def _read_table(path: Path, data: bytes) -> tuple[pa.Table, ShardMetadata]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # from bytes in memory: the disk did not fail
         raise CorruptShardError(str(error)) from error
     if not table.schema.equals(SCHEMA) or len(table) != metadata.num_trajectories:
-        raise CorruptShardError("columns or number of rows are not those that the writer recorded")
+        raise CorruptShardError("columns or number of rows are not those of the schema and the metadata")
     return table, metadata
 
 
@@ -339,6 +338,8 @@ def _check_values(table: pa.Table, lengths: dict[str, np.ndarray]) -> None:
         raise CorruptShardError("loss_mask or rollout_logprobs are not as long as response_tokens")
     if any(not np.isfinite(table[name].to_numpy()).all() for name in _REWARDS):
         raise CorruptShardError(f"not finite: one of {', '.join(_REWARDS)}")
+    if len(set(table["trajectory_id"].to_pylist())) < len(table):
+        raise CorruptShardError("a trajectory_id more than once")
     for name, known in (("finish_reason", FinishReason), ("verdict", VerdictReason)):
         if unknown := set(table[name].to_pylist()) - set(get_args(known)):
             raise CorruptShardError(f"unknown {name}: {sorted(unknown)}")
@@ -390,7 +391,7 @@ def read_shard(path: Path) -> LoadedShard:
 
 
 def read_trajectories(path: Path) -> list[Trajectory]:
-    """The rows of a shard as records, for tools and tests. Raises as `read_shard` does."""
+    """The rows of a shard as records, for tools. Raises as `read_shard` does, but does not check values."""
     table, _ = _read_table(path, path.read_bytes())
     rows: list[dict[str, Any]] = table.to_pylist()
     for row in rows:

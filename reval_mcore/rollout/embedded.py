@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class EmbeddedEngine:
     """Holds its own copy of the weights; `max_batch_size` sequences are generated at a time."""
 
     def __init__(self, hf_path: Path, *, dtype: torch.dtype, device: torch.device, max_batch_size: int) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype)  # its mixins defeat type checkers
+        self._model = model.to(device).eval()
         self._tensors = self._own_tensors()
         self._max_batch_size = max_batch_size
         self._version = 0
@@ -106,7 +108,7 @@ class _Sampler(LogitsProcessor):
         self._greedy = sampling.temperature == 0.0
         streams = [np.random.Generator(np.random.Philox(key=request.seed)) for request in requests]
         self._uniforms = torch.from_numpy(np.stack([s.random(sampling.max_response_tokens) for s in streams]))
-        self._warpers = LogitsProcessorList()
+        self._warpers: Any = LogitsProcessorList()  # annotated for LongTensor, which torch does not make
         if not self._greedy and sampling.temperature != 1.0:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k > 0:
@@ -115,15 +117,15 @@ class _Sampler(LogitsProcessor):
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self._logprobs: list[torch.Tensor] = []
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float()
         chosen = logits.argmax(-1) if self._greedy else self._draw(input_ids, logits)
         self._logprobs.append(logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0])
-        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen[:, None], 0.0)  # pyright: ignore[reportReturnType]
+        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen[:, None], 0.0)
 
-    def _draw(self, input_ids: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
+    def _draw(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The first token whose cumulative probability exceeds the row's uniform number, int64 [B]."""
-        warped = self._warpers(input_ids, logits)  # pyright: ignore[reportArgumentType]
+        warped = self._warpers(input_ids, logits)
         cumulative = warped.double().softmax(-1).cumsum(-1)
         total = cumulative[:, -1:]
         uniform = self._uniforms[:, len(self._logprobs), None].to(logits.device)

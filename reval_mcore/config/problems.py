@@ -1,0 +1,103 @@
+"""What is wrong with a configuration, in words: place, value found, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel
+
+from .tree import Config
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration."""
+
+    path: str  # dotted path of the field
+    value: object  # as found; MISSING where there is none
+    remedy: str  # what is wrong and what to do
+
+    def __str__(self) -> str:
+        shown = "" if self.value is MISSING else f" = {_toml(self.value)}"
+        return f"{self.path}{shown}: {self.remedy}"
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+class ConfigError(ValueError):
+    """All problems of one configuration."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    try:
+        return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+    except TypeError:
+        return repr(value)
+
+
+_REMEDIES: Mapping[str, str] = {
+    "missing": "required, and has no default; set it",
+    "int_type": "not a whole number; give one",
+    "int_parsing": "not a whole number; give one",
+    "int_from_float": "not a whole number; give one",
+    "float_type": "not a number; give one",
+    "float_parsing": "not a number; give one",
+    "bool_type": "not true or false; give one of them",
+    "bool_parsing": "not true or false; give one of them",
+    "string_type": 'not a string; put it in quotes ("...")',
+    "path_type": 'not a path; give a string in quotes ("...")',
+    "tuple_type": "not a list; write [a, b, ...]",
+    "model_type": "not a table; write it as [section] with key = value lines",
+    "finite_number": "not a finite number; give one",
+}
+
+
+def _remedy(error: Mapping[str, Any]) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in _REMEDIES:
+        return _REMEDIES[kind]
+    if kind == "literal_error":
+        return f"not a choice; give one of {context['expected']}"
+    bounds = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+    if kind in bounds:
+        limit = next(iter(context.values()))
+        return f"out of range; give a value {bounds[kind]} {limit:g}"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _known_keys(kind, f"{prefix}{name}.")
+
+
+def problem_of(error: Mapping[str, Any], prefix: str) -> Problem:
+    path = ".".join([prefix, *(str(part) for part in error["loc"])])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, list(_known_keys(Config)), n=1)
+        remedy = "unknown key; " + (f"did you mean {near[0]}?" if near else "remove it")
+        return Problem(path, error["input"], remedy)
+    value = MISSING if error["type"] == "missing" else error["input"]
+    return Problem(path, value, _remedy(error))

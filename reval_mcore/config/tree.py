@@ -1,0 +1,196 @@
+"""Every setting of a run: its type, range, default and meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, Strict
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(  # strict: "8" is no number and true is not 1
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+# TOML has strings and lists for paths and tuples; the items of a list stay strict.
+_FROM_TOML = Strict(False)
+TomlPath = Annotated[Path, _FROM_TOML]
+
+
+def _interval(value: object) -> object:
+    if value == "never" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError('give a number of iterations >= 1, or "never"')
+
+
+Interval = Annotated[int | Literal["never"], BeforeValidator(_interval)]
+
+
+def is_due(interval: int | Literal["never"], iteration: int) -> bool:
+    """Whether something done every `interval` iterations is due after iteration number `iteration` (from 0)."""
+    return interval != "never" and (iteration + 1) % interval == 0
+
+
+class RunConfig(Section):
+    directory: TomlPath
+    """Run directory; made when absent. Everything that the run writes lies below it."""
+    num_iterations: PositiveInt
+    """One iteration: collect, admit, `updates.per_iteration` updates, new weights to the engine."""
+    seed: int = Field(default=0, ge=0)
+
+
+class ModelConfig(Section):
+    hf_path: TomlPath
+    """Directory in Hugging Face format: config.json, safetensors, tokenizer. Weights and reference start from it."""
+    implementation: Literal["auto", "local", "te"] = "auto"
+    """Layer spec: Transformer Engine's, megatron-core's local one, or TE where it is installed."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights and reduces gradients in fp32. Logits onward are fp32 in both."""
+
+
+class PromptsConfig(Section):
+    train: TomlPath
+    """JSONL or verl-style Parquet."""
+    held_out: TomlPath
+    """Evaluation prompts; no prompt may be in both."""
+    template: Literal["none", "chat"] = "none"
+    """"chat" renders messages with the tokenizer's chat template; "none" takes the text as it is."""
+    system_prompt: str = ""
+    """Put before the messages where template = "chat"."""
+    max_tokens: PositiveInt = 1024
+    """Longer prompts are refused by name when the file is read."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["embedded"] = "embedded"
+    """"embedded": transformers' generate, inside the trainer process."""
+    num_prompts: PositiveInt
+    """P, prompts an iteration."""
+    num_responses: PositiveInt
+    """N, responses to each prompt (one group)."""
+    max_response_tokens: PositiveInt
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0: among all."""
+    stop_token_ids: Annotated[tuple[int, ...], _FROM_TOML] = ()
+    """Empty: those of the model's generation_config.json, else config.json."""
+    max_batch_size: PositiveInt = 256
+    """Sequences that the embedded engine generates at a time."""
+
+
+class VerifierConfig(Section):
+    timeout_s: float = Field(default=5.0, gt=0.0)
+    """Deadline for one answer; a worker that misses it is killed and replaced, and the answer counts as "timeout"."""
+    num_workers: PositiveInt = 1
+    """Processes for answers that exact comparison cannot settle; started on first use."""
+    permute_rewards: bool = False
+    """Control experiment: deal the rewards of an iteration out to its trajectories at random."""
+
+
+class RewardConfig(Section):
+    shaping: Literal[
+        "raw", "plus_minus_one", "group_centered", "group_normalized", "batch_centered", "batch_normalized"
+    ] = "group_centered"
+    truncation: Literal["zero_reward", "mask", "bootstrap"] = "zero_reward"
+    """A response cut at max_response_tokens gets reward 0, leaves the loss, or keeps -(V - V_ref) at the cut."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["reval", "tbrm"] = "reval"
+    beta: float = Field(gt=0.0)
+    """Strength of the pull to the reference. Falls with response length: paper 0.002 (5K tokens), 0.02 (600)."""
+    loss_scale: Literal["residual", "beta_residual"] = "residual"
+    """residual^2, or (beta residual)^2: the same minimiser, gradients beta^2 times as large.
+
+    One joint hyper-parameter with optimizer.clip_grad: residuals start at |r| / beta, so with "residual" (the paper)
+    nearly every gradient is clipped and the step is a normalised one; "beta_residual" keeps gradients of order |r|.
+    """
+
+
+class ReplayConfig(Section):
+    capacity: PositiveInt
+    """M, trajectories kept; the oldest leave first."""
+    sampler: Literal["uniform"] = "uniform"
+    first_update: Literal["fresh", "uniform"] = "fresh"
+    """The first update of an iteration: on the trajectories admitted last (the paper's appendix A), or sampled."""
+    min_size: int = Field(default=0, ge=0)
+    """No sampled update before the buffer holds this many."""
+
+
+class UpdatesConfig(Section):
+    per_iteration: PositiveInt
+    """K, optimizer updates an iteration."""
+    batch_size: PositiveInt
+    """Trajectories a sampled update (a fresh update takes all fresh ones)."""
+    max_tokens_per_micro_batch: PositiveInt = 16384
+    """Packed tokens of one forward pass."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(gt=0.0)
+    min_lr: float = Field(default=0.0, ge=0.0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """From lr to min_lr over all updates of the run, after the warm-up."""
+    warmup_updates: int = Field(default=0, ge=0)
+    betas: Annotated[tuple[float, float], _FROM_TOML] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Not 0 is drift: the loss is 0 at the reference when rewards are 0, decay is not."""
+    clip_grad: float = Field(default=1.0, ge=0.0)
+    """Largest global gradient norm; 0: never clip. See objective.loss_scale."""
+
+
+class ReferenceConfig(Section):
+    reset_interval: Interval = "never"
+    """Iterations between resets of the reference to the policy."""
+    refresh: Literal["eager", "lazy"] = "eager"
+    """Stored reference scores after a reset: one sweep over the buffer at once, or row by row when sampled."""
+
+
+class EvaluationConfig(Section):
+    interval: Interval = "never"
+    """Iterations between evaluations; before the first and after the last iteration there always is one."""
+    num_samples: PositiveInt = 1
+    """n, sampled responses a prompt, for avg@n and pass@k."""
+    pass_at_k: Annotated[tuple[PositiveInt, ...], _FROM_TOML] = (1,)
+    max_prompts: PositiveInt = 512
+    """The first so many held-out prompts."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    greedy: bool = True
+    """Also one greedy response a prompt."""
+
+
+class CheckpointConfig(Section):
+    interval: Interval = "never"
+    """Iterations between checkpoints; there is one after the last iteration unless this is "never"."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept; replay shards that one of them needs are kept with it."""
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    num_text_samples: int = Field(default=2, ge=0)
+    """Trajectories written out as text each evaluation interval."""
+    mismatch_trajectories: int = Field(default=32, ge=0)
+    """Fresh trajectories an iteration whose engine log-probabilities are compared with the learner's."""
+
+
+class Config(Section):
+    run: RunConfig
+    model: ModelConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig
+    verifier: VerifierConfig = VerifierConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig
+    replay: ReplayConfig
+    updates: UpdatesConfig
+    optimizer: OptimizerConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()

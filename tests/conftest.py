@@ -1,0 +1,43 @@
+"""Markers that turn into skips, and the one topology of this process."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from reval_mcore.mcore.topology import Topology
+
+
+def _missing(marker: str) -> str | None:
+    """Why tests under this marker cannot run here, and what to do about it; None where they can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device; run on a machine with one and a CUDA build of torch"
+    if marker == "te" and importlib.util.find_spec("transformer_engine") is None:
+        return 'no Transformer Engine; pip install "reval_mcore[te]"'
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker in ("gpu", "te"):
+        marked = [item for item in items if item.get_closest_marker(marker) is not None]
+        if marked and (reason := _missing(marker)) is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+
+
+@pytest.fixture(scope="session")
+def topology() -> Iterator[Topology]:
+    """This process alone. megatron-core's state is global: one topology at a time, so one for the session."""
+    import torch
+
+    from reval_mcore.mcore.topology import open_topology
+
+    torch.set_num_threads(1)  # the same kernels, in the same order, on every machine
+    with open_topology() as opened:
+        yield opened

@@ -1,0 +1,139 @@
+"""Damaged shards and torn journals: nothing damaged is ever trained on, and training goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reval_mcore.replay.buffer import ReplayBuffer
+from reval_mcore.replay.journal import Journal, Quarantine
+from reval_mcore.replay.shards import ShardWriter
+
+
+def write_groups(directory: Path, make_group, count: int, *, size: int = 2) -> list[str]:
+    writer = ShardWriter(directory, writer="w", incarnation=0, tokenizer_hash="t", template_hash="t")
+    return [writer.write(make_group(f"g{index}", size=size)) for index in range(count)]
+
+
+def flip(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "flipped bit": lambda data: flip(data, len(data) // 5),
+    "last byte missing": lambda data: data[:-1],
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "middle third zeros": lambda data: data[: len(data) // 3] + bytes(len(data) // 3) + data[2 * len(data) // 3 :],
+    "all zeros": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_shard_is_quarantined_and_the_others_go_on(
+    tmp_path: Path, make_group, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = write_groups(tmp_path, make_group, 3)
+    path = tmp_path / "shards" / names[1]
+    path.write_bytes(damage(path.read_bytes()))
+    buffer = ReplayBuffer(tmp_path, capacity=10, seed=0)
+    with caplog.at_level(logging.WARNING):
+        assert buffer.admit().tolist() == [0, 1, 2, 3]
+    assert names[1] in caplog.text
+    assert os.listdir(tmp_path / "quarantine") == [names[1]]
+    events = Journal(tmp_path / "journal.jsonl").events
+    assert [event.shard for event in events if isinstance(event, Quarantine)] == [names[1]]
+    expected = np.concatenate([t.response_tokens for name in ("g0", "g2") for t in make_group(name, size=2)])
+    for each in (buffer, ReplayBuffer(tmp_path, capacity=10, seed=0)):
+        batch = each.batch(each.live_rows)
+        in_response = np.concatenate(
+            [np.arange(n) >= p for n, p in zip(batch.lengths, batch.prompt_lengths, strict=True)]
+        )
+        np.testing.assert_array_equal(batch.tokens[in_response], expected)
+        assert each.admit().tolist() == []
+        assert each.statistics(0)["num_quarantined"] == 1.0
+
+
+def footer_flip(path: Path) -> None:
+    """Damage that Parquet itself does not see: the name of the program that wrote the file."""
+    data = path.read_bytes()
+    path.write_bytes(flip(data, data.rindex(b"parquet-cpp-arrow")))
+
+
+def test_footer_flip_passes_parquet_and_is_caught_by_the_journal(tmp_path: Path, make_group) -> None:
+    names = write_groups(tmp_path, make_group, 3)
+    buffer = ReplayBuffer(tmp_path, capacity=5, seed=0)
+    buffer.admit()
+    state = buffer.state_dict()
+    footer_flip(tmp_path / "shards" / names[1])
+    reopened = ReplayBuffer(tmp_path, capacity=5, seed=0)
+    assert reopened.live_rows.tolist() == [1, 4, 5]
+    last = Journal(tmp_path / "journal.jsonl").events[-1]
+    assert isinstance(last, Quarantine)
+    assert last.shard == names[1]
+    assert "CRC32" in last.reason
+    assert len(reopened.sample(10, 0)) == len(reopened) == 3
+
+    reopened.load_state_dict(state)  # judged again: still damaged, and still not trained on
+    assert reopened.live_rows.tolist() == [1, 4, 5]
+    assert reopened.num_quarantined == 1
+
+    writer = ShardWriter(tmp_path, writer="w", incarnation=1, tokenizer_hash="t", template_hash="t")
+    writer.write([*make_group("g1", size=2), *make_group("g9", size=2)])  # the lost ones, done again, are new rows
+    assert reopened.admit().tolist() == [6, 7, 8, 9]
+    assert reopened.live_rows.tolist() == [5, 6, 7, 8, 9]
+    assert reopened.statistics(0)["size"] == 5.0
+
+
+def test_quarantine_after_a_checkpoint_is_repeated_at_the_same_position(tmp_path: Path, make_group) -> None:
+    names = write_groups(tmp_path, make_group, 4)
+    path = tmp_path / "shards" / names[2]
+    path.write_bytes(b"")
+    buffer = ReplayBuffer(tmp_path, capacity=5, seed=0)
+    buffer.admit(names[:2])
+    state = buffer.state_dict()
+    buffer.admit()
+    journal, draw = (tmp_path / "journal.jsonl").read_bytes(), buffer.sample(3, 1).rows.tolist()
+    resumed = ReplayBuffer(tmp_path, capacity=5, seed=0)
+    resumed.load_state_dict(state)
+    assert resumed.num_quarantined == 0
+    assert resumed.pending_shards() == names[2:]
+    resumed.admit()
+    assert (tmp_path / "journal.jsonl").read_bytes() == journal
+    assert resumed.sample(3, 1).rows.tolist() == draw
+
+
+def test_crash_between_journal_and_move(tmp_path: Path, make_group) -> None:
+    names = write_groups(tmp_path, make_group, 2)
+    Journal(tmp_path / "journal.jsonl").append([Quarantine(names[0], "test")])
+    buffer = ReplayBuffer(tmp_path, capacity=5, seed=0)
+    assert os.listdir(tmp_path / "quarantine") == [names[0]]
+    assert buffer.admit().tolist() == [0, 1]
+
+
+def test_torn_journal_admits_again(tmp_path: Path, make_group) -> None:
+    write_groups(tmp_path, make_group, 3)
+    buffer = ReplayBuffer(tmp_path, capacity=5, seed=0)
+    buffer.admit()
+    journal = tmp_path / "journal.jsonl"
+    complete = journal.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(complete) if byte == ord("\n")]
+    for size in {*ends, *(end - 2 for end in ends)}:
+        journal.write_bytes(complete[:size])
+        again = ReplayBuffer(tmp_path, capacity=5, seed=0)
+        again.admit()
+        assert journal.read_bytes() == complete
+        assert again.live_rows.tolist() == buffer.live_rows.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_missing_live_shard_stops(tmp_path: Path, make_group) -> None:
+    names = write_groups(tmp_path, make_group, 2)
+    ReplayBuffer(tmp_path, capacity=5, seed=0).admit()
+    (tmp_path / "shards" / names[1]).unlink()
+    with pytest.raises(ValueError, match=rf"{names[1]}: the journal says that it is live, .* restore the file"):
+        ReplayBuffer(tmp_path, capacity=5, seed=0)

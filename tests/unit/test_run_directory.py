@@ -1,0 +1,64 @@
+"""A run directory holds one run, and only what was published counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reval_mcore.config import load
+from reval_mcore.run_directory import RunDirectory, read_trainer_state
+from tests.builders import make_config
+
+
+def publish(directory: RunDirectory, iteration: int, *, keep: int = 2) -> Path:
+    written = directory.begin_checkpoint(iteration)
+    (written / "trainer.json").write_text(json.dumps({"iteration": iteration}))
+    return directory.publish_checkpoint(written, keep=keep)
+
+
+def test_the_resolved_configuration_is_kept_and_loads_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "model")
+    assert RunDirectory(tmp_path / "run").open(config) is None
+    assert load(tmp_path / "run" / "config.toml") == config
+
+
+def test_latest_is_the_last_published_and_old_ones_go(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path))
+    for iteration in (2, 4, 6):
+        publish(directory, iteration)
+    assert [path.name for path in directory.kept_checkpoints()] == ["step_000004", "step_000006"]
+    latest = directory.latest_checkpoint()
+    assert latest is not None
+    assert read_trainer_state(latest) == {"iteration": 6}
+
+
+def test_an_unpublished_checkpoint_does_not_count_and_is_swept(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path))
+    publish(directory, 2)
+    directory.begin_checkpoint(4)
+    assert directory.open(make_config(tmp_path)) == tmp_path / "checkpoints" / "step_000002"
+    assert not list(directory.checkpoints.glob(".writing_*"))
+
+
+def test_a_run_without_a_checkpoint_is_not_run_over(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path))
+    directory.metrics.write_text('{"iteration": 0}\n')
+    with pytest.raises(ValueError, match="holds a run without a checkpoint; remove it"):
+        directory.open(make_config(tmp_path))
+
+
+def test_metrics_are_cut_at_the_checkpoint_and_a_torn_line_goes(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.metrics.write_text("".join(f'{{"iteration": {i}}}\n' for i in range(5)) + '{"iterat')
+    directory.cut_metrics(3)
+    assert [json.loads(line)["iteration"] for line in directory.metrics.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a checkpoint of a run"):
+        read_trainer_state(tmp_path)
