@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .collector import Answerer, Collector
 from .config import Config
 from .evaluation import EvaluationResult, evaluate
+from .mcore.hf_mapping import read_spec
 from .mcore.learner import Learner
 from .mcore.topology import Topology, open_topology
 from .metrics import MetricsWriter
@@ -57,6 +58,22 @@ def stop_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[
     raise ValueError(f"rollout.stop_token_ids: {config.model.hf_path} names no end-of-sequence token; give it here")
 
 
+def check_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where prompts, tokenizer and model do not fit together."""
+    spec = read_spec(config.model.hf_path)
+    longest = config.prompts.max_tokens + config.rollout.max_response_tokens
+    if longest > spec.max_position_embeddings:
+        raise ValueError(
+            f"prompts.max_tokens + rollout.max_response_tokens = {longest}: more than the model's "
+            f"{spec.max_position_embeddings} positions (max_position_embeddings of {config.model.hf_path}); lower one"
+        )
+    if len(tokenizer) > spec.vocab_size:
+        raise ValueError(
+            f"model.hf_path = {config.model.hf_path}: its tokenizer has {len(tokenizer)} tokens, its embedding "
+            f"{spec.vocab_size} rows; tokenizer and weights do not belong together"
+        )
+
+
 def quiet_libraries() -> None:
     """Silence what libraries say about their own internals: nobody who trains can act on it."""
     transformers.utils.logging.disable_progress_bar()
@@ -70,6 +87,7 @@ def quiet_libraries() -> None:
 def open_trainer(config: Config) -> Iterator[Trainer]:
     """Everything of a run, ready to train, resumed where the run directory holds a checkpoint."""
     tokenizer = load_tokenizer(config.model.hf_path)
+    check_model(config, tokenizer)
     train_prompts, held_out = read_prompts(config, tokenizer)
     stops = stop_token_ids(config, tokenizer)
     directory = RunDirectory(config.run.directory)

@@ -138,7 +138,7 @@ class OptimizerConfig(Section):
     betas: Annotated[tuple[float, float], _FROM_TOML] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """Not 0 is drift: the loss is 0 at the reference when rewards are 0, decay is not."""
+    """Not 0 is drift: the loss is 0 at the reference when rewards are 0, decay is not. Never on norms and biases."""
     clip_grad: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0: never clip. See objective.loss_scale."""
 

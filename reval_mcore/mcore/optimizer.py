@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -66,7 +66,8 @@ class Optimizer:
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=True,
         )
-        self._optimizer = get_megatron_optimizer(mcore, [model])
+        # the standard overrides keep weight decay off norms and biases
+        self._optimizer = get_megatron_optimizer(mcore, [model], config_overrides=get_standard_config_overrides(mcore))
         self._scheduler = OptimizerParamScheduler(
             self._optimizer,
             init_lr=0.0,
@@ -124,6 +125,7 @@ class Optimizer:
         for inner in _torch_adam_parts(self._optimizer):
             for entry in inner.optimizer.state.values():
                 entry["step"] = entry["step"].clone()
+        self._scheduler.num_steps = 0  # it adds the saved number of steps to this
         self._scheduler.load_state_dict(state["schedule"])
 
 

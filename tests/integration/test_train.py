@@ -1,0 +1,179 @@
+"""The whole loop on real parts, through the `reval` command: megatron-core, transformers, verifier pool, Parquet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reval_mcore.replay.shards import read_trajectories
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "run.num_iterations=4",
+    "rollout.num_prompts=4",
+    "rollout.num_responses=4",
+    "replay.capacity=40",
+    "updates.batch_size=16",
+    "updates.per_iteration=2",
+    "reference.reset_interval=3",
+    "evaluation.interval=2",
+    "evaluation.max_prompts=8",
+    "checkpoint.interval=2",
+)
+
+
+def reval(*arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would. OMP_NUM_THREADS=1: the same sums in the same order, whatever the machine."""
+    return subprocess.run(
+        [sys.executable, "-m", "reval_mcore.cli", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def train(tiny_model: Path, run: Path, *overrides: str) -> dict[str, Any]:
+    paths = (
+        f"run.directory={run}",
+        f"model.hf_path={tiny_model}",
+        f"prompts.train={tiny_model}/prompts/train.jsonl",
+        f"prompts.held_out={tiny_model}/prompts/held_out.jsonl",
+    )
+    done = reval("train", "configs/demo.toml", *paths, *SMALL, *overrides)
+    assert done.returncode == 0, done.stderr
+    return json.loads((run / "summary.json").read_text())
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is a time."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "time" and not k.startswith("seconds/")} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run") / "small"
+    train(tiny_model, run)
+    return run
+
+
+def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    counts = {key: summary[key] for key in ("iterations", "trajectories_generated", "updates", "reference_resets")}
+    assert counts == {"iterations": 4, "trajectories_generated": 64, "updates": 8, "reference_resets": 1}
+    assert {"collect", "score", "update", "evaluate"} <= set(summary["seconds"])
+    assert (finished / "config.toml").is_file()
+    assert list((finished / "tensorboard").iterdir())
+    records = metrics(finished)
+    assert [record["iteration"] for record in records] == [0, 1, 2, 3]
+    assert records[-1]["replay/size"] == 40
+    assert records[-1]["progress/reference_age"] == 1
+
+
+def test_engine_and_learner_agree_on_every_fresh_token(finished: Path) -> None:
+    assert max(record["mismatch/logprob_abs_max"] for record in metrics(finished)) < 1e-4
+
+
+def test_shards_hold_whole_groups_under_the_versions_that_made_them(finished: Path) -> None:
+    shards = sorted((finished / "replay" / "shards").glob("*.parquet"))
+    for path in shards:
+        trajectories = read_trajectories(path)
+        iteration = int(path.stem.rsplit("-", 1)[1])
+        assert len(trajectories) == 16
+        assert {t.policy_version for t in trajectories} == {iteration}
+        for start in range(0, 16, 4):
+            group = trajectories[start : start + 4]
+            assert len({t.group_id for t in group}) == 1
+            assert group[0].group_reward_mean == pytest.approx(np.mean([t.reward for t in group]))
+
+
+def test_shards_that_no_kept_checkpoint_needs_are_removed(finished: Path) -> None:
+    """At the checkpoint after iteration 2 rows 0 to 31 live; after iteration 4 rows 24 to 63 do."""
+    kept = sorted(path.stem for path in (finished / "replay" / "shards").iterdir())
+    assert [name[-1] for name in kept] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("refresh", ["eager", "lazy"])
+def test_a_resumed_run_is_the_same_run(tiny_model: Path, tmp_path: Path, refresh: str) -> None:
+    """Stopped after iteration 4 was trained but before its checkpoint was published, and started again."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    refresh = f"reference.refresh={refresh}"
+    train(tiny_model, whole, refresh)
+    shutil.copytree(whole, again, symlinks=True)
+    shutil.rmtree(again / "checkpoints" / "step_000004")
+    (again / "checkpoints" / "latest").unlink()
+    (again / "checkpoints" / "latest").symlink_to("step_000002")
+    (again / "summary.json").unlink()
+    train(tiny_model, again, refresh)
+    assert metrics(again) == metrics(whole)
+    for name in ("replay.npz",):
+        with np.load(whole / "checkpoints/latest" / name) as a, np.load(again / "checkpoints/latest" / name) as b:
+            assert set(a) == set(b)
+            for key in a:
+                np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, again)]
+    for summary in summaries:
+        del summary["seconds"]
+    assert summaries[0] == summaries[1]
+
+
+def test_a_checkpoint_evaluates_as_its_run_did(finished: Path, tiny_model: Path) -> None:
+    config = str(finished / "config.toml")
+    after = json.loads((finished / "summary.json").read_text())
+    for source, expected in ((("--checkpoint", str(finished / "checkpoints" / "latest")), "after"), ((), "before")):
+        done = reval("eval", config, *source)
+        assert done.returncode == 0, done.stderr
+        shown = dict(line.split()[:2] for line in done.stdout.splitlines()[1:])
+        assert float(shown["accuracy"]) == pytest.approx(after[f"accuracy_{expected}"], abs=1e-5)
+        assert float(shown["greedy_accuracy"]) == pytest.approx(after[f"greedy_accuracy_{expected}"], abs=1e-5)
+
+
+def test_the_curve_is_a_picture(finished: Path) -> None:
+    done = reval("report", str(finished))
+    assert done.returncode == 0, done.stderr
+    picture = Path(done.stdout.strip()).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("report", "nowhere"), "nowhere: no metrics.jsonl in it"),
+        (("train", "nowhere.toml"), "there is no such file"),
+        (("train", "configs/demo.toml", "model.hf_path=nowhere"), "nowhere"),
+        (("train", "configs/demo.toml", "run.seed"), "section.key=value"),
+    ],
+)
+def test_an_error_of_the_user_is_one_message_and_status_2(arguments: tuple[str, ...], message: str) -> None:
+    done = reval(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_held_out_prompts_that_are_training_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    lines = (tiny_model / "prompts" / "train.jsonl").read_text().splitlines(keepends=True)
+    held_out.write_text("".join(lines[:3]))
+    done = reval(
+        "train",
+        "configs/demo.toml",
+        f"run.directory={tmp_path}/run",
+        f"model.hf_path={tiny_model}",
+        f"prompts.train={tiny_model}/prompts/train.jsonl",
+        f"prompts.held_out={held_out}",
+    )
+    assert done.returncode == 2
+    assert "3 of its prompts are training prompts too" in done.stderr
