@@ -13,22 +13,22 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from .collector import Answerer, Collector
-from .config import Config
-from .evaluation import EvaluationResult, evaluate
-from .mcore.hf_mapping import read_spec
-from .mcore.learner import Learner
-from .mcore.topology import Topology, open_topology
-from .metrics import MetricsWriter
-from .prompts import load_prompts, load_tokenizer, overlap, template_hash, tokenizer_hash
-from .records import Prompt
-from .replay.buffer import ReplayBuffer
-from .replay.shards import ShardName, ShardWriter
-from .rollout.embedded import EmbeddedEngine
-from .rollout.engine import RolloutEngine
-from .run_directory import WEIGHTS, RunDirectory, read_trainer_state
-from .trainer import Trainer
-from .verifiers import VerifierPool
+from reval_mcore.collector import Answerer, Collector
+from reval_mcore.config import Config
+from reval_mcore.evaluation import EvaluationResult, evaluate
+from reval_mcore.mcore.hf_mapping import read_spec
+from reval_mcore.mcore.learner import Learner
+from reval_mcore.mcore.topology import Topology, open_topology
+from reval_mcore.metrics import MetricsWriter
+from reval_mcore.prompts import load_prompts, load_tokenizer, overlap, template_hash, tokenizer_hash
+from reval_mcore.records import Prompt
+from reval_mcore.replay.buffer import ReplayBuffer
+from reval_mcore.replay.shards import ShardName, ShardWriter
+from reval_mcore.rollout.embedded import EmbeddedEngine
+from reval_mcore.rollout.engine import RolloutEngine
+from reval_mcore.run_directory import WEIGHTS, RunDirectory, read_trainer_state
+from reval_mcore.trainer import Trainer
+from reval_mcore.verifiers import VerifierPool
 
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:

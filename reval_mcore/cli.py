@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
-from .config import load
+from reval_mcore import __version__
+from reval_mcore.config import load
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import Config
-from .prompts import prompts_for_iteration
-from .randomness import generator, stream_key
-from .records import Prompt, Trajectory
-from .replay.shards import ShardWriter
-from .rollout.engine import GenerationRequest, GenerationResponse, RolloutEngine, SamplingParams
-from .verifiers import VERIFIER_VERSION, Verdict, VerifierPool, count_reasons
+from reval_mcore.config import Config
+from reval_mcore.prompts import prompts_for_iteration
+from reval_mcore.randomness import generator, stream_key
+from reval_mcore.records import Prompt, Trajectory
+from reval_mcore.replay.shards import ShardWriter
+from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, RolloutEngine, SamplingParams
+from reval_mcore.verifiers import VERIFIER_VERSION, Verdict, VerifierPool, count_reasons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

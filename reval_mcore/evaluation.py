@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .collector import Answerer
-from .config import EvaluationConfig
-from .randomness import stream_key
-from .records import Prompt
-from .rollout.engine import SamplingParams
-from .verifiers import count_reasons
+from reval_mcore.collector import Answerer
+from reval_mcore.config import EvaluationConfig
+from reval_mcore.randomness import stream_key
+from reval_mcore.records import Prompt
+from reval_mcore.rollout.engine import SamplingParams
+from reval_mcore.verifiers import count_reasons
 
 
 @dataclass(frozen=True, slots=True)

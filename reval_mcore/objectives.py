@@ -18,8 +18,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .config import ObjectiveConfig, RewardConfig
-from .records import Batch, Objective, ObjectiveOutput, Reduce, Targets, TokenScores
+from reval_mcore.config import ObjectiveConfig, RewardConfig
+from reval_mcore.records import Batch, Objective, ObjectiveOutput, Reduce, Targets, TokenScores
 
 _STD_EPSILON = 1e-6
 

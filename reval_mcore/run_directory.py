@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config, dumps
+from reval_mcore.config import Config, dumps
 
 # the parts of a checkpoint
 WEIGHTS, TRAINER_STATE, REPLAY_STATE = "weights", "trainer.json", "replay.npz"

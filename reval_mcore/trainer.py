@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .collector import Answerer, Collected, Collector
-from .config import Config, is_due
-from .evaluation import EvaluationResult, evaluate
-from .mcore.learner import Learner
-from .metrics import MetricsWriter, PhaseClock
-from .objectives import make_objective, make_targets
-from .records import Batch, Prompt, UpdateStats
-from .replay.buffer import ReplayBuffer
-from .rollout.engine import RolloutEngine
-from .run_directory import (
+from reval_mcore.collector import Answerer, Collected, Collector
+from reval_mcore.config import Config, is_due
+from reval_mcore.evaluation import EvaluationResult, evaluate
+from reval_mcore.mcore.learner import Learner
+from reval_mcore.metrics import MetricsWriter, PhaseClock
+from reval_mcore.objectives import make_objective, make_targets
+from reval_mcore.records import Batch, Prompt, UpdateStats
+from reval_mcore.replay.buffer import ReplayBuffer
+from reval_mcore.rollout.engine import RolloutEngine
+from reval_mcore.run_directory import (
     REPLAY_STATE,
     TRAINER_STATE,
     WEIGHTS,

@@ -4,9 +4,9 @@ Everything wrong is reported at once, each with its path, the value found and wh
 `reval --help` and a refused config answer at once. TOML has no null: absence is a word ("never", "none"), not a None.
 """
 
-from .loading import dumps, load, parse
-from .problems import MISSING, ConfigError, Problem
-from .tree import (
+from reval_mcore.config.loading import dumps, load, parse
+from reval_mcore.config.problems import MISSING, ConfigError, Problem
+from reval_mcore.config.tree import (
     CheckpointConfig,
     Config,
     EvaluationConfig,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from .problems import Problem
-from .tree import (
+from reval_mcore.config.problems import Problem
+from reval_mcore.config.tree import (
     EvaluationConfig,
     OptimizerConfig,
     PromptsConfig,

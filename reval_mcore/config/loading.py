@@ -11,9 +11,9 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from .checks import CHECKS
-from .problems import MISSING, ConfigError, Problem, problem_of
-from .tree import Config, Section
+from reval_mcore.config.checks import CHECKS
+from reval_mcore.config.problems import MISSING, ConfigError, Problem, problem_of
+from reval_mcore.config.tree import Config, Section
 
 
 def parse(raw: Mapping[str, Any], source: str) -> Config:

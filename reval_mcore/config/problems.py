@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
-from .tree import Config
+from reval_mcore.config.tree import Config
 
 
 @dataclass(frozen=True)

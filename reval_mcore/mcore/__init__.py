@@ -3,6 +3,6 @@
 Importing this package makes megatron-core usable on the machine at hand, before any of its modules is loaded.
 """
 
-from . import cpu_shim
+from reval_mcore.mcore import cpu_shim
 
 cpu_shim.install()

@@ -17,15 +17,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from ..config import Config
-from ..records import Batch, Objective, Scores, Targets, TokenScores, UpdateStats
-from . import checkpoint, hf_mapping
-from .loss_head import token_scores
-from .model import build_model, forward_logits, wrap_precision
-from .optimizer import Optimizer
-from .packing import MicroBatch, pack
-from .reference import WeightCopies
-from .topology import Topology
+from reval_mcore.config import Config
+from reval_mcore.mcore import checkpoint, hf_mapping
+from reval_mcore.mcore.loss_head import token_scores
+from reval_mcore.mcore.model import build_model, forward_logits, wrap_precision
+from reval_mcore.mcore.optimizer import Optimizer
+from reval_mcore.mcore.packing import MicroBatch, pack
+from reval_mcore.mcore.reference import WeightCopies
+from reval_mcore.mcore.topology import Topology
+from reval_mcore.records import Batch, Objective, Scores, Targets, TokenScores, UpdateStats
 
 Details = dict[str, torch.Tensor]
 # (loss to differentiate, int count, details kept for the caller), as megatron-core's schedules want it

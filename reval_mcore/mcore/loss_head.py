@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..records import TokenScores
-from .packing import MicroBatch
+from reval_mcore.mcore.packing import MicroBatch
+from reval_mcore.records import TokenScores
 
 
 class _VocabParallelLogsumexp(torch.autograd.Function):

@@ -18,12 +18,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from ..config import ModelConfig
-from . import hf_mapping
-from .hf_mapping import ModelSpec
-from .local_layers import PackedAttention, RMSNorm
-from .packing import MicroBatch
-from .topology import Topology
+from reval_mcore.config import ModelConfig
+from reval_mcore.mcore import hf_mapping
+from reval_mcore.mcore.hf_mapping import ModelSpec
+from reval_mcore.mcore.local_layers import PackedAttention, RMSNorm
+from reval_mcore.mcore.packing import MicroBatch
+from reval_mcore.mcore.topology import Topology
 
 
 def resolve_implementation(config: ModelConfig) -> str:
@@ -111,7 +111,19 @@ def build_model(config: ModelConfig, spec: ModelSpec, topology: Topology) -> GPT
         pg_collection=topology.groups,
     )
     hf_mapping.load_weights(model, Path(config.hf_path), spec, tp_size=tp.size(), tp_rank=tp.rank())
+    _mark_shards(model, spec)
     return model.to(topology.device)
+
+
+def _mark_shards(model: GPTModel, spec: ModelSpec) -> None:
+    """Mark weights that differ between tensor-parallel ranks; megatron-core does so only where it initializes them.
+
+    The gradient norm takes an unmarked parameter for a copy of rank 0's and counts it there alone.
+    """
+    for name, parameter in hf_mapping.global_names(model):
+        layout, _ = hf_mapping.hf_names(name, spec)
+        if layout != "replicated":
+            parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def wrap_precision(model: GPTModel) -> torch.nn.Module:

@@ -22,7 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from ..config import OptimizerConfig
+from reval_mcore.config import OptimizerConfig
 
 # how the optimizer's state lies in a checkpoint: any layout can load it
 _SHARDING = {

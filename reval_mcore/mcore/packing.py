@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..records import Batch
+from reval_mcore.records import Batch
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from . import cpu_shim
+from reval_mcore.mcore import cpu_shim
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..records import VersionSpan
-from .engine import GenerationRequest, GenerationResponse, SamplingParams
+from reval_mcore.records import VersionSpan
+from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, SamplingParams
 
 
 class EmbeddedEngine:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..records import FinishReason, VersionSpan
+from reval_mcore.records import FinishReason, VersionSpan
 
 if TYPE_CHECKING:
     import torch
