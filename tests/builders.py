@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from reval_mcore.config import Config, parse
-from reval_mcore.records import Batch, ReferenceScores, Scores
+from reval_mcore.objectives import make_objective, make_targets
+from reval_mcore.records import Batch, Objective, ReferenceScores, Scores, UpdateStats
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -53,7 +54,8 @@ def save_qwen2(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.flo
             for name, parameter in model.named_parameters():
                 if "norm" in name or "bias" in name:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(directory, max_shard_size="40KB")
+    model.to(dtype)  # pyright: ignore[reportArgumentType]  (transformers' wrapper hides the signature)
+    model.save_pretrained(directory, max_shard_size="40KB")
     return directory
 
 
@@ -240,12 +242,67 @@ def hf_logits(model: Qwen2ForCausalLM, batch: Batch) -> list[torch.Tensor]:
     return [model(tokens[None]).logits[0] for tokens, _ in sequences(batch)]
 
 
+def dense_batch_scores(directory: Path, batch: Batch) -> Scores:
+    """transformers in fp64, one trajectory at a time."""
+    trajectory, initial, final = [], [], []
+    logprobs = np.zeros(len(batch.tokens))
+    with torch.no_grad():
+        logits = hf_logits(load_qwen2(directory, torch.float64), batch)
+    for row, (z, (tokens, positions)) in enumerate(zip(logits, sequences(batch), strict=True)):
+        scores = dense_scores(z, tokens, positions)
+        trajectory.append(float(scores.trajectory_score))
+        initial.append(float(scores.initial_value))
+        final.append(float(scores.final_value))
+        logprobs[[int(batch.cu_seqlens[row]) + t + 1 for t in positions]] = scores.logprobs.numpy()
+    return Scores(np.array(trajectory), np.array(initial), np.array(final), logprobs)
+
+
 def hf_gradients(model: Qwen2ForCausalLM, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
+# ---------------------------------------------------------------- driving a learner
+
+
+def scored(learner: Learner, batch: Batch) -> Batch:
+    """The batch with fresh scores of the learner's reference."""
+    return with_reference(batch, learner.score_reference(batch), learner.reference_version)
+
+
+def update(learner: Learner, batch: Batch, config: Config, objective: Objective | None = None) -> UpdateStats:
+    """One update with the configuration's rewards, and its objective unless another is given."""
+    return learner.update(batch, make_targets(batch, config.reward), objective or make_objective(config.objective))
+
+
+def train(learner: Learner, config: Config, num_updates: int, *, seed: int = 50) -> None:
+    """Updates on batches of their own, so that the policy leaves the reference."""
+    for number in range(num_updates):
+        update(learner, scored(learner, make_batch(8, seed=seed + number)), config)
+
+
+def max_gap(left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.abs(left.astype(np.float64) - right.astype(np.float64)).max())
+
+
+def score_gap(left: Scores, right: Scores) -> float:
+    """Largest absolute difference of any score."""
+    return max(
+        max_gap(left.trajectory_score, right.trajectory_score),
+        max_gap(left.initial_value, right.initial_value),
+        max_gap(left.final_value, right.final_value),
+        max_gap(left.logprobs, right.logprobs),
+    )
+
+
 # ---------------------------------------------------------------- looking into a learner
+
+
+def main_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """megatron-core's fp32 gradient of a parameter: a view of its buffer."""
+    gradient = parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(gradient, torch.Tensor)
+    return gradient
 
 
 def learner_gradients(learner: Learner) -> dict[str, torch.Tensor]:
@@ -255,9 +312,8 @@ def learner_gradients(learner: Learner) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, parameter in global_names(learner.model):
         layout, targets = hf_names(name, learner.spec)
-        gradient = parameter.main_grad
-        assert isinstance(gradient, torch.Tensor)
-        found.update(zip(targets, from_shards(layout, [gradient.detach().cpu()], learner.spec), strict=True))
+        gradient = main_gradient(parameter).detach().cpu().clone()
+        found.update(zip(targets, from_shards(layout, [gradient], learner.spec), strict=True))
     return found
 
 

@@ -1,0 +1,161 @@
+"""Run a function in several real processes, under a hard deadline, and leave none of them behind.
+
+The parent hosts the store for the rendezvous on a port that the system gives, so runs side by side cannot collide. Each
+process gets torchrun's environment, and a session of its own, so that what it starts is ended with it.
+
+As a program this is one such process: `python -m tests.distributed.launch MODULE:FUNCTION JSON_ARGUMENTS DEADLINE_S`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_ROOT = Path(__file__).parents[2]
+_GRACE_S = 5.0  # a stuck process says where it hangs and ends itself; the parent kills it this much later
+_POLL_S = 0.05
+
+
+class RankFailed(Exception):
+    """A rank ended with an error; the message has its traceback."""
+
+
+class DeadlinePassed(Exception):
+    """The run took too long; the message says where each rank was."""
+
+
+def run_distributed(
+    function_path: str, world_size: int, timeout_s: float, arguments: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Call `module:function(**arguments)` in `world_size` processes; returns what each rank printed.
+
+    Arguments travel as JSON. The first rank that fails ends the run at once. Raises RankFailed or DeadlinePassed.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        logs = [Path(directory) / f"{rank}.log" for rank in range(world_size)]
+        try:
+            for rank, log in enumerate(logs):
+                with log.open("wb") as file:
+                    processes.append(
+                        subprocess.Popen(
+                            [
+                                *(sys.executable, "-W", "ignore", "-m", __name__),
+                                *(function_path, json.dumps(dict(arguments or {})), str(timeout_s)),
+                            ],
+                            cwd=_ROOT,
+                            env=_environment(rank, world_size, store.port),
+                            stdin=subprocess.DEVNULL,
+                            stdout=file,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
+                        )
+                    )
+            _wait(processes, logs, deadline=time.monotonic() + timeout_s + _GRACE_S)
+            return [log.read_text(errors="replace") for log in logs]
+        finally:
+            for process in processes:
+                _kill_session(process)
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(_ROOT),
+        "CUDA_VISIBLE_DEVICES": "",  # ranks are processes on the CPU, whatever else the machine has
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], *, deadline: float) -> None:
+    """Until all have ended well. A rank that hangs ends itself at its own deadline, with a report."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if all(code == 0 for code in codes):
+            return
+        if any(code not in (None, 0) for code in codes):
+            # a rank that meets the hole that another left fails too: show both
+            said = "\n".join(_labelled(logs, [process.poll() for process in processes]))
+            raise DeadlinePassed(said) if _TIMED_OUT in said else RankFailed(said)
+        if time.monotonic() > deadline:
+            raise DeadlinePassed("\n".join(_labelled(logs, codes)))
+        time.sleep(_POLL_S)
+
+
+_TIMED_OUT = "Timeout ("  # how faulthandler begins its report
+
+
+def _labelled(logs: list[Path], codes: list[int | None]) -> Iterator[str]:
+    """What each rank printed; of the failed ones alone where some failed."""
+    failed = [code not in (None, 0) for code in codes]
+    for rank, (log, code) in enumerate(zip(logs, codes, strict=True)):
+        if failed[rank] or not any(failed):
+            status = "still running" if code is None else f"ended with status {code}"
+            yield f"---- rank {rank}, {status}\n{log.read_text(errors='replace')}"
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    """End the process and all that it started, and see them gone."""
+    members = [other for other in psutil.process_iter() if _group_of(other.pid) == process.pid]
+    with contextlib.suppress(ProcessLookupError):  # none of them is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    while any(map(_is_alive, members)):
+        time.sleep(_POLL_S)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Not ended; what waits to be reaped by its parent has."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _main(function_path: str, arguments: str, deadline_s: str) -> None:
+    faulthandler.dump_traceback_later(float(deadline_s), exit=True)
+    module, _, function = function_path.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    except BaseException:
+        # the others wait for this rank in a collective, and leaving in good order may wait for them: say why, and end
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

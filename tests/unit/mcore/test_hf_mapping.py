@@ -1,0 +1,224 @@
+"""Models read from an HF directory against transformers: logits, exported tensors, key sets, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from reval_mcore.mcore.hf_mapping import check_layout, export_weights, from_shards, read_spec, to_shard
+from reval_mcore.mcore.model import build_model, forward_logits
+from reval_mcore.mcore.packing import build_micro_batch
+from tests.builders import (
+    edit_config,
+    hf_logits,
+    load_qwen2,
+    make_batch,
+    make_config,
+    same_tensors,
+    save_qwen2,
+    source_tensors,
+)
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from reval_mcore.mcore.topology import Topology
+
+
+def build(directory: Path, topology: Topology, precision: str = "fp32") -> GPTModel:
+    config = make_config(directory, model={"precision": precision})
+    return build_model(config.model, read_spec(directory), topology)
+
+
+def logit_difference(model: GPTModel, directory: Path, topology: Topology) -> float:
+    """Largest difference to transformers over ragged sequences of up to 90 tokens."""
+    batch = make_batch(5, max_prompt=30, max_response=60, seed=4)
+    spec = read_spec(directory)
+    micro_batch = build_micro_batch(batch, torch.arange(len(batch)).numpy(), topology.device)
+    with torch.no_grad():
+        found = forward_logits(model, micro_batch)[0, :, : spec.vocab_size].float().cpu()
+        expected = torch.cat(hf_logits(load_qwen2(directory), batch))
+    assert expected.std() > 0.5  # a flat model would agree with anything
+    return float((found - expected).abs().max())
+
+
+def export(model: GPTModel, directory: Path, topology: Topology) -> dict[str, torch.Tensor]:
+    weights = export_weights(model, read_spec(directory), topology.groups.tp)
+    return {name: tensor.cpu() for name, tensor in weights}
+
+
+MODELS: Mapping[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "theta_5e5": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "one_group": {"num_key_value_heads": 1},
+    "no_grouping": {"num_key_value_heads": 4},
+    "wide_heads": {"head_dim": 24},
+    "odd_sizes": {"vocab_size": 1003, "hidden_size": 40, "intermediate_size": 66, "num_hidden_layers": 3},
+    "large_epsilon": {"rms_norm_eps": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers_and_export_equals_the_source(name: str, topology: Topology, tmp_path: Path) -> None:
+    directory = save_qwen2(tmp_path, **MODELS[name])
+    model = build(directory, topology)
+    assert logit_difference(model, directory, topology) < 1e-4
+    assert same_tensors(export(model, directory, topology), source_tensors(directory))
+
+
+def test_tied_untied_and_tied_again_in_one_process(topology: Topology, tmp_path: Path) -> None:
+    """Nothing of one model's mapping leaks into the next; each export has the key set of its own source."""
+    for step, tied in enumerate([True, False, True]):
+        directory = save_qwen2(tmp_path / str(step), seed=step, tie_word_embeddings=tied)
+        model = build(directory, topology)
+        assert logit_difference(model, directory, topology) < 1e-4
+        found = export(model, directory, topology)
+        assert ("lm_head.weight" in found) is (not tied)
+        assert same_tensors(found, source_tensors(directory))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bf16_source_is_exported_bit_for_bit(tied: bool, topology: Topology, tmp_path: Path) -> None:
+    directory = save_qwen2(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    found = export(build(directory, topology, "bf16"), directory, topology)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert same_tensors(found, source_tensors(directory))
+
+
+def test_fp32_source_is_rounded_to_bf16_once(topology: Topology, tmp_path: Path) -> None:
+    directory = save_qwen2(tmp_path)
+    rounded = {name: tensor.bfloat16() for name, tensor in source_tensors(directory).items()}
+    assert same_tensors(export(build(directory, topology, "bf16"), directory, topology), rounded)
+
+
+# ---------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize("theta", [1e6, 5e5])
+def test_config_of_transformers_4_and_5_give_the_same_model(theta: float, topology: Topology, tmp_path: Path) -> None:
+    version_5 = save_qwen2(tmp_path / "5", rope_parameters={"rope_type": "default", "rope_theta": theta})
+    version_4 = save_qwen2(tmp_path / "4", rope_parameters={"rope_type": "default", "rope_theta": theta})
+    edit_config(
+        version_4,
+        rope_parameters=None,
+        layer_types=None,
+        dtype=None,
+        rope_theta=theta,
+        torch_dtype="float32",
+        transformers_version="4.57.6",
+    )
+    assert "rope_parameters" in (version_5 / "config.json").read_text(encoding="utf-8")
+    assert read_spec(version_4) == read_spec(version_5)
+    assert read_spec(version_4).rope_theta == theta
+    # transformers is shown the version 5 file: the reference must not depend on what it makes of the other
+    assert logit_difference(build(version_4, topology), version_5, topology) < 1e-4
+
+
+def test_the_default_rope_theta_would_be_noticed(topology: Topology, tmp_path: Path) -> None:
+    directory = save_qwen2(tmp_path / "right")
+    wrong = save_qwen2(tmp_path / "wrong")
+    edit_config(wrong, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    assert logit_difference(build(wrong, topology), directory, topology) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "mamba"}, "model_type = 'mamba'"),
+        ({"model_type": None}, "model_type is missing"),
+        ({"rope_parameters": None}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope type 'yarn'"),
+        (
+            {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope type 'linear'",
+        ),
+        ({"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings is missing"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    ],
+)
+def test_configs_that_would_give_another_model_are_refused_by_field(
+    fields: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    directory = save_qwen2(tmp_path)
+    edit_config(directory, **fields)
+    with pytest.raises(ValueError) as caught:
+        read_spec(directory)
+    assert named in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+def test_a_directory_without_config_or_weights_is_refused(topology: Topology, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_spec(tmp_path)
+    assert "no config.json" in str(caught.value)
+    directory = save_qwen2(tmp_path / "model")
+    for path in directory.glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(ValueError) as caught:
+        build(directory, topology)
+    assert "no *.safetensors" in str(caught.value)
+
+
+def test_weights_of_another_shape_or_with_a_tensor_missing_are_refused(topology: Topology, tmp_path: Path) -> None:
+    directory = save_qwen2(tmp_path / "narrow")
+    edit_config(directory, intermediate_size=96)
+    with pytest.raises(ValueError) as caught:
+        build(directory, topology)
+    assert "mlp.gate_proj.weight" in str(caught.value)
+    tied = save_qwen2(tmp_path / "tied", tie_word_embeddings=True)
+    edit_config(tied, tie_word_embeddings=False)
+    with pytest.raises(ValueError) as caught:
+        build(tied, topology)
+    assert "lm_head.weight is missing" in str(caught.value)
+
+
+def test_tensor_parallelism_that_cuts_a_query_group_is_refused(tmp_path: Path) -> None:
+    spec = read_spec(save_qwen2(tmp_path))
+    check_layout(spec, tensor_model_parallel_size=2)
+    with pytest.raises(ValueError) as caught:
+        check_layout(spec, tensor_model_parallel_size=4)
+    assert "num_key_value_heads = 2" in str(caught.value)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_fused_layouts_are_as_megatron_core_reads_them(tmp_path: Path) -> None:
+    """Rows labelled by origin: query heads of a group, its key, its value; gate then up; cut over two ranks."""
+    spec = read_spec(save_qwen2(tmp_path))  # 4 heads of 8 channels in 2 groups, 80 rows in the MLP, hidden size 32
+    query = torch.arange(32.0)[:, None].expand(32, 32)
+    key, value = 100.0 + torch.arange(16.0)[:, None].expand(16, 32), 200.0 + torch.arange(16.0)[:, None].expand(16, 32)
+    gate, up = torch.arange(80.0)[:, None].expand(80, 32), 300.0 + torch.arange(80.0)[:, None].expand(80, 32)
+    row = torch.arange(32.0)[None].expand(5, 32)
+    for rank in range(2):
+        group = slice(16 * rank, 16 * rank + 16), slice(8 * rank, 8 * rank + 8)
+        shard = to_shard("qkv", [query, key, value], spec, tp_size=2, tp_rank=rank)
+        assert torch.equal(shard, torch.cat([query[group[0]], key[group[1]], value[group[1]]]))
+        shard = to_shard("gate_up", [gate, up], spec, tp_size=2, tp_rank=rank)
+        assert torch.equal(shard, torch.cat([gate[40 * rank : 40 * rank + 40], up[40 * rank : 40 * rank + 40]]))
+        shard = to_shard("row", [row], spec, tp_size=2, tp_rank=rank)
+        assert torch.equal(shard, row[:, 16 * rank : 16 * rank + 16])
+        assert shard.is_contiguous()
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_vocabulary_padding_is_zero_and_stands_at_the_end(tp_size: int, tmp_path: Path) -> None:
+    spec = read_spec(save_qwen2(tmp_path, vocab_size=301))
+    whole = 1.0 + torch.rand(301, 32)
+    shards = [to_shard("vocabulary", [whole], spec, tp_size=tp_size, tp_rank=rank) for rank in range(tp_size)]
+    padded = torch.cat(shards)
+    assert len(padded) == {1: 384, 2: 512}[tp_size]
+    assert len({shard.shape for shard in shards}) == 1
+    assert torch.equal(padded[:301], whole)
+    assert not padded[301:].any()
+    assert torch.equal(from_shards("vocabulary", shards, spec)[0], whole)
