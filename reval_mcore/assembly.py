@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config
+from reval_mcore.control import StopSignals
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.hf_mapping import read_spec
 from reval_mcore.mcore.learner import Learner
@@ -84,14 +85,14 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def open_trainer(config: Config) -> Iterator[Trainer]:
+def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iterator[Trainer]:
     """Everything of a run, ready to train, resumed where the run directory holds a checkpoint."""
     tokenizer = load_tokenizer(config.model.hf_path)
     check_model(config, tokenizer)
     train_prompts, held_out = read_prompts(config, tokenizer)
     stops = stop_token_ids(config, tokenizer)
     directory = RunDirectory(config.run.directory)
-    checkpoint = directory.open(config)
+    checkpoint = directory.open(config, allow_changed=allow_changed)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
         learner = Learner(config, topology)
@@ -123,6 +124,7 @@ def open_trainer(config: Config) -> Iterator[Trainer]:
             stop_token_ids=stops,
             directory=directory,
             metrics=metrics,
+            stop=stack.enter_context(StopSignals()),
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)

@@ -21,6 +21,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train from a config, or go on with its run directory")
     _add_config(train)
+    train.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on though this field, which decides what is learned, differs from the run's",
+    )
     train.set_defaults(execute=_train)
 
     evaluate = commands.add_parser("eval", help="accuracy of a model on the held-out prompts of a config")
@@ -46,9 +53,12 @@ def _train(arguments: argparse.Namespace) -> None:
     from .assembly import open_trainer, quiet_libraries
 
     quiet_libraries()
-    with open_trainer(config) as trainer:
-        summary = trainer.run()
-    print(f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}; {config.run.directory}")
+    with open_trainer(config, allow_changed=arguments.allow_changed) as trainer:
+        reason = trainer.run()
+    if reason == "finished":
+        print(f"finished; {config.run.directory}/summary.json has the figures")
+    else:
+        print(f"stopped by {reason} after iteration {trainer.progress.iteration}; the same command goes on from there")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

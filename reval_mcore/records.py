@@ -178,4 +178,4 @@ class UpdateStats:
     residual: np.ndarray  # float64 [B]
     logprobs: np.ndarray  # float32 [T]: of the weights before the update
     metrics: Mapping[str, float]
-    skipped: bool  # the gradient was not finite: weights and optimizer are as before
+    skipped: bool  # not finite, or nothing in the loss: weights and Adam's state are as before

@@ -8,15 +8,18 @@ checkpoints/latest            a link to the newest complete one; what is not lin
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reval_mcore.config import Config, dumps
+from reval_mcore.config import Config, check_changes, dumps, load
+
+logger = logging.getLogger(__name__)
 
 # the parts of a checkpoint
 WEIGHTS, TRAINER_STATE, REPLAY_STATE = "weights", "trainer.json", "replay.npz"
@@ -28,12 +31,15 @@ class RunDirectory:
         self.replay = path / "replay"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.exit_record = path / "control" / "exit.json"
 
-    def open(self, config: Config) -> Path | None:
+    def open(self, config: Config, *, allow_changed: Collection[str] = ()) -> Path | None:
         """Make the directory, or find the checkpoint to go on from; None to start afresh.
 
         Raises ValueError where a run without a checkpoint lies here: going on is impossible, starting over would mix
-        two runs.
+        two runs. Raises ConfigError where the run was made with settings that decide what is learned, and that now
+        differ and are not in `allow_changed`; other changes are logged.
         """
         latest = self.latest_checkpoint()
         has_run = any(
@@ -43,7 +49,12 @@ class RunDirectory:
             raise ValueError(
                 f"run.directory = {self.path}: holds a run without a checkpoint; remove it, or give another directory"
             )
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if latest is not None:
+            resolved = self.path / "config.toml"
+            for change in check_changes(load(resolved), config, allowed=allow_changed, source=str(resolved)):
+                logger.warning("going on with another setting than before: %s", change)
+        for directory in (self.checkpoints, self.exit_record.parent):
+            directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(".writing_*"):
             shutil.rmtree(leftover)
         write_text(self.path / "config.toml", dumps(config))
@@ -52,6 +63,11 @@ class RunDirectory:
     def latest_checkpoint(self) -> Path | None:
         link = self.checkpoints / "latest"
         return self.checkpoints / os.readlink(link) if link.is_symlink() else None
+
+    def has_checkpoint(self, iteration: int) -> bool:
+        """Whether the latest checkpoint is the one of this iteration."""
+        latest = self.latest_checkpoint()
+        return latest is not None and latest.name == f"step_{iteration:06d}"
 
     def kept_checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from reval_mcore.collector import Answerer, Collected, Collector
 from reval_mcore.config import Config, is_due
+from reval_mcore.control import StopSignals
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.metrics import MetricsWriter, PhaseClock
@@ -64,6 +65,7 @@ class Trainer:
         stop_token_ids: tuple[int, ...],
         directory: RunDirectory,
         metrics: MetricsWriter,
+        stop: StopSignals,
     ) -> None:
         self.config = config
         self.learner = learner
@@ -75,6 +77,7 @@ class Trainer:
         self.stop_token_ids = stop_token_ids
         self.directory = directory
         self.metrics = metrics
+        self.stop = stop
         self.objective = make_objective(config.objective)
         self.clock = PhaseClock()
         self.progress = Progress()
@@ -86,6 +89,8 @@ class Trainer:
         config, progress = self.config, self.progress
         self.metrics.start_clock()
         for iteration in range(progress.iteration, config.run.num_iterations):
+            if self.stop.reason is not None:
+                break
             collected = self.collect(iteration)
             fresh = self.admit(collected)
             mismatch = self.measure_mismatch(fresh)
@@ -212,7 +217,9 @@ class Trainer:
         self.metrics.line(iteration, metrics, shown)
 
     def save(self) -> None:
-        """Write a checkpoint, publish it, and remove shards that no kept one needs."""
+        """Write a checkpoint, publish it, and remove shards that no kept one needs. Nothing where there is this one."""
+        if self.directory.has_checkpoint(self.progress.iteration):
+            return
         with self.clock.phase("checkpoint"):
             written = self.directory.begin_checkpoint(self.progress.iteration)
             (written / WEIGHTS).mkdir()
@@ -224,17 +231,22 @@ class Trainer:
             needed = [read_trainer_state(path)["first_live_row"] for path in self.directory.kept_checkpoints()]
             self.replay.unlink_evicted(min(needed))
 
-    def run(self) -> dict[str, object]:
-        """Evaluate, train, evaluate; returns the summary, which is written to summary.json."""
-        checkpoint = self.config.checkpoint
+    def run(self) -> str:
+        """Evaluate, train, evaluate, and write summary.json; or, asked to stop, leave a checkpoint to go on from.
+
+        Returns the reason for the end, "finished" or a signal's name, which control/exit.json holds too.
+        """
         if not self.progress.evaluation_before:
             self.progress.evaluation_before = self.evaluate().metrics()
         self.train()
-        if checkpoint.interval != "never" and not is_due(checkpoint.interval, self.progress.iteration - 1):
+        is_stopped = self.progress.iteration < self.config.run.num_iterations
+        if is_stopped or self.config.checkpoint.interval != "never":
             self.save()
-        summary = self.summary(self.evaluate())
-        write_json(self.directory.path / "summary.json", summary)
-        return summary
+        if not is_stopped:
+            write_json(self.directory.summary, self.summary(self.evaluate()))
+        reason = self.stop.reason if is_stopped and self.stop.reason is not None else "finished"
+        write_json(self.directory.exit_record, {"reason": reason, "iteration": self.progress.iteration})
+        return reason
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint. What was collected after it is removed, and collected again with equal results."""

@@ -6,10 +6,16 @@ import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from reval_mcore.mcore.topology import Topology
+
+
+# No deadline: a loaded machine is no bug. Derandomized: a red run is red again on the next machine.
+hypothesis.settings.register_profile("reval", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("reval")
 
 
 def _missing(marker: str) -> str | None:

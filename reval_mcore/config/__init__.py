@@ -4,6 +4,7 @@ Everything wrong is reported at once, each with its path, the value found and wh
 `reval --help` and a refused config answer at once. TOML has no null: absence is a word ("never", "none"), not a None.
 """
 
+from reval_mcore.config.changes import changed_fields, check_changes
 from reval_mcore.config.loading import dumps, load, parse
 from reval_mcore.config.problems import MISSING, ConfigError, Problem
 from reval_mcore.config.tree import (
@@ -46,6 +47,8 @@ __all__ = [
     "RunConfig",
     "UpdatesConfig",
     "VerifierConfig",
+    "changed_fields",
+    "check_changes",
     "dumps",
     "is_due",
     "load",

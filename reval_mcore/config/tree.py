@@ -47,7 +47,7 @@ class ModelConfig(Section):
     implementation: Literal["auto", "local", "te"] = "auto"
     """Layer spec: Transformer Engine's, megatron-core's local one, or TE where it is installed."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 keeps fp32 master weights and reduces gradients in fp32. Logits onward are fp32 in both."""
+    """bf16 keeps fp32 master weights and reduces gradients in fp32. Everything after the logits is fp32 in both."""
 
 
 class PromptsConfig(Section):

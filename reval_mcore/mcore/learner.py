@@ -111,7 +111,8 @@ class Learner:
     def update(self, batch: Batch, targets: Targets, objective: Objective) -> UpdateStats:
         """One optimizer update on the mean of the objective over the trajectories of non-zero weight.
 
-        The batch's reference scores must be of the current reference.
+        The batch's reference scores must be of the current reference. Skipped where no trajectory counts (Adam would
+        go on by its momentum) or the gradient is not finite.
         """
         versions = batch.reference.reference_version
         assert (versions == self.reference_version).all(), "reference scores of another reference"
@@ -132,7 +133,7 @@ class Learner:
             _scatter_logprobs(logprobs, micro_batch, details.pop("logprob"))
             for name, values in details.items():
                 columns.setdefault(name, np.zeros(len(batch)))[micro_batch.members] = _numpy(values)
-        step = self._optimizer.step()
+        step = self._optimizer.step(has_gradient=bool(targets.weight.any()))
         if not step.skipped:
             self.num_updates += 1
             self._reference_is_policy = False

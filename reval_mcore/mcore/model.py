@@ -132,7 +132,7 @@ def wrap_precision(model: GPTModel) -> torch.nn.Module:
 
 
 def forward_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-    """Logits of this rank's vocabulary shard, [T, V / TP]; on earlier pipeline stages the hidden states as they are."""
+    """Logits of this rank's vocabulary shard, [1, T, V / TP]; on earlier pipeline stages the hidden states."""
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=micro_batch.cu_seqlens,

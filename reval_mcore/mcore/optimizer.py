@@ -38,7 +38,7 @@ class StepResult:
     grad_norm: float  # global, before clipping
     clipped_grad_norm: float  # what the step was taken with
     learning_rate: float
-    skipped: bool  # the gradient was not finite; nothing was changed
+    skipped: bool  # no step was taken: weights and Adam's state are as before
 
 
 class Optimizer:
@@ -86,13 +86,13 @@ class Optimizer:
             inner._set_main_param_and_optimizer_states = functools.partial(_set_states_with_step, inner)
 
     @torch.no_grad()
-    def step(self) -> StepResult:
-        """Take one step with the gradients in the buffers, unless they are not finite."""
+    def step(self, *, has_gradient: bool) -> StepResult:
+        """Take one step with the gradients in the buffers, unless they are not finite or nothing was in the loss."""
         # the step numbered n (from 1) is taken with the schedule's n-th rate: the first warm-up step is not a step of 0
         learning_rate = self._advance_schedule()
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
+        if not (has_gradient and math.isfinite(grad_norm)):
             return StepResult(grad_norm, grad_norm, learning_rate, skipped=True)
         limit = self._config.clip_grad
         if grad_norm > limit > 0.0:

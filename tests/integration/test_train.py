@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +44,17 @@ def reval(*arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProc
     )
 
 
-def train(tiny_model: Path, run: Path, *overrides: str) -> dict[str, Any]:
-    paths = (
+def paths_of(tiny_model: Path, run: Path) -> tuple[str, ...]:
+    return (
         f"run.directory={run}",
         f"model.hf_path={tiny_model}",
         f"prompts.train={tiny_model}/prompts/train.jsonl",
         f"prompts.held_out={tiny_model}/prompts/held_out.jsonl",
     )
-    done = reval("train", "configs/demo.toml", *paths, *SMALL, *overrides)
+
+
+def train(tiny_model: Path, run: Path, *overrides: str) -> dict[str, Any]:
+    done = reval("train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, *overrides)
     assert done.returncode == 0, done.stderr
     return json.loads((run / "summary.json").read_text())
 
@@ -126,6 +130,34 @@ def test_a_resumed_run_is_the_same_run(tiny_model: Path, tmp_path: Path, refresh
     for summary in summaries:
         del summary["seconds"]
     assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_finishes_the_iteration_saves_and_says_so(
+    tiny_model: Path, tmp_path: Path, finished: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-m", "reval_mcore.cli", "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any(line.startswith("[1/4]") for line in lines)
+        process.send_signal(number)
+        rest = "".join(lines)
+        assert process.wait(timeout=60) == 0, rest
+    exit_record = json.loads((run / "control" / "exit.json").read_text())
+    assert exit_record["reason"] == number.name
+    assert 1 <= exit_record["iteration"] < 4
+    assert (run / "checkpoints" / "latest").readlink().name == f"step_{exit_record['iteration']:06d}"
+    train(tiny_model, run)
+    assert metrics(run) == metrics(finished)
+    assert json.loads((run / "control" / "exit.json").read_text())["reason"] == "finished"
 
 
 def test_a_checkpoint_evaluates_as_its_run_did(finished: Path, tiny_model: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reval_mcore.config import load
+from reval_mcore.config import ConfigError, load
 from reval_mcore.run_directory import RunDirectory, read_trainer_state
 from tests.builders import make_config
 
@@ -62,3 +62,27 @@ def test_metrics_are_cut_at_the_checkpoint_and_a_torn_line_goes(tmp_path: Path) 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a checkpoint of a run"):
         read_trainer_state(tmp_path)
+
+
+def test_a_resume_that_would_learn_something_else_is_refused_field_by_field(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path))
+    publish(directory, 2)
+    other = make_config(tmp_path, objective={"beta": 0.25}, run={"seed": 5}, optimizer={"lr": 2e-3})
+    with pytest.raises(ConfigError) as refused:
+        directory.open(other)
+    assert {problem.path for problem in refused.value.problems} == {"objective.beta", "run.seed"}
+    assert "the run was made with 0.5" in str(refused.value)
+    assert "--allow-changed objective.beta" in str(refused.value)
+    assert load(tmp_path / "config.toml") == make_config(tmp_path)
+
+
+def test_other_changes_are_accepted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path))
+    publish(directory, 2)
+    other = make_config(tmp_path, objective={"beta": 0.25}, optimizer={"lr": 2e-3})
+    assert directory.open(other, allow_changed=["objective.beta"]) is not None
+    assert "optimizer.lr: 0.001 -> 0.002" in caplog.text
+    assert "objective.beta: 0.5 -> 0.25" in caplog.text
+    assert load(tmp_path / "config.toml") == other

@@ -175,6 +175,21 @@ def test_a_skipped_first_update_leaves_policy_and_reference_the_same(untied: Pat
     np.testing.assert_array_equal(again.reference.trajectory_score, batch.reference.trajectory_score)
 
 
+def test_an_update_without_a_trajectory_in_the_loss_takes_no_step(untied: Path, topology: Topology) -> None:
+    """Else Adam's momentum would move the weights on a batch that says nothing."""
+    config = make_config(untied)
+    learner = Learner(config, topology)
+    batch = scored(learner, make_batch(8, seed=0))
+    update(learner, batch, config)
+    before = learner_weights(learner)
+    masked = replace(batch, has_verdict=np.zeros(len(batch), bool))
+    stats = update(learner, masked, config)
+    assert stats.skipped
+    assert stats.metrics["masked_fraction"] == 1.0
+    assert same_tensors(learner_weights(learner), before)
+    assert learner._optimizer.adam_steps() == {1}
+
+
 # ---------------------------------------------------------------- learning rates
 
 

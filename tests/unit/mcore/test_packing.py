@@ -23,7 +23,7 @@ def lengths_and_limit(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     return np.array(lengths), draw(st.integers(max(lengths), 200))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(lengths_and_limit())
 def test_plan_is_a_partition_into_sets_that_fit(case: tuple[np.ndarray, int]) -> None:
     lengths, limit = case
@@ -33,7 +33,7 @@ def test_plan_is_a_partition_into_sets_that_fit(case: tuple[np.ndarray, int]) ->
     assert all((np.diff(members) > 0).all() for members in plan)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(lengths_and_limit())
 def test_plan_is_a_function_of_the_lengths_and_wastes_less_than_half(case: tuple[np.ndarray, int]) -> None:
     lengths, limit = case
@@ -111,7 +111,7 @@ def test_a_trajectory_with_nothing_in_the_loss_is_a_programmer_error() -> None:
         build_micro_batch(batch, np.array([0]), CPU)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 15), st.integers(40, 120))
 def test_packed_tokens_are_the_batch_and_nothing_else(seed: int, size: int, limit: int) -> None:
     batch = make_batch(size, seed=seed)

@@ -133,4 +133,4 @@ def test_buffer_is_a_list(make_group) -> None:
         def __init__(self) -> None:
             super().__init__(make_group)
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=20, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=20, stateful_step_count=25))

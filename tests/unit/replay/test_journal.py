@@ -71,7 +71,7 @@ def test_zero_filled_tail_is_cut(path: Path) -> None:
     assert path.stat().st_size == size
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_refused_or_cut_but_never_believed(path: Path, data: st.DataObject) -> None:
     if not path.exists():

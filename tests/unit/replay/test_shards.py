@@ -120,7 +120,7 @@ def assert_packed(shard: LoadedShard, expected: Sequence[Trajectory]) -> None:
         )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(groups(), st.data())
 def test_round_trip_is_bit_for_bit(rows: list[Trajectory], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
