@@ -221,7 +221,9 @@ def remark_on(figures: Mapping[str, object]) -> None:
 def make(directory: Path, seed: int, threads: int) -> dict[str, object]:
     """Write everything below `directory` and return the figures of tiny_model.json."""
     import torch
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     start = time.monotonic()
     torch.set_num_threads(threads)
     questions = save_task(directory, seed, Shape())
