@@ -27,5 +27,5 @@ def tiny_model() -> Path:
     if not (path / "tiny_model.json").is_file():
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
-        tools.make_tiny_model.make(path, seed=0, threads=2)
+        tools.make_tiny_model.make(path, seed=0, threads=1)
     return path
