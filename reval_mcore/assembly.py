@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Collection, Iterator
@@ -17,17 +16,24 @@ from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config
 from reval_mcore.control import StopSignals
 from reval_mcore.evaluation import EvaluationResult, evaluate
-from reval_mcore.mcore.hf_mapping import read_spec
+from reval_mcore.mcore.hf_mapping import read_json, read_spec, write_directory
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.topology import Topology, open_topology
 from reval_mcore.metrics import MetricsWriter
-from reval_mcore.prompts import load_prompts, load_tokenizer, overlap, template_hash, tokenizer_hash
+from reval_mcore.prompts import (
+    load_prompts,
+    load_tokenizer,
+    overlap,
+    prompts_for_iteration,
+    template_hash,
+    tokenizer_hash,
+)
 from reval_mcore.records import Prompt
 from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.replay.shards import ShardName, ShardWriter
 from reval_mcore.rollout.embedded import EmbeddedEngine
 from reval_mcore.rollout.engine import RolloutEngine
-from reval_mcore.run_directory import WEIGHTS, RunDirectory, read_trainer_state
+from reval_mcore.run_directory import WEIGHTS, RunDirectory, read_trainer_state, write_json
 from reval_mcore.trainer import Trainer
 from reval_mcore.verifiers import VerifierPool
 
@@ -51,7 +57,7 @@ def stop_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[
         return config.rollout.stop_token_ids
     for name in ("generation_config.json", "config.json"):
         path = config.model.hf_path / name
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
         if found is not None:
             return tuple(found) if isinstance(found, list) else (found,)
     if isinstance(tokenizer.eos_token_id, int):
@@ -62,6 +68,9 @@ def stop_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[
 def check_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError where prompts, tokenizer and model do not fit together."""
     spec = read_spec(config.model.hf_path)
+    for token in stop_token_ids(config, tokenizer):
+        if not 0 <= token < spec.vocab_size:
+            raise ValueError(f"rollout.stop_token_ids: {token} is no token; the model has {spec.vocab_size}")
     longest = config.prompts.max_tokens + config.rollout.max_response_tokens
     if longest > spec.max_position_embeddings:
         raise ValueError(
@@ -90,11 +99,14 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
     tokenizer = load_tokenizer(config.model.hf_path)
     check_model(config, tokenizer)
     train_prompts, held_out = read_prompts(config, tokenizer)
+    prompts_for_iteration(0, config.rollout.num_prompts, len(train_prompts), config.run.seed)  # refuses too few
     stops = stop_token_ids(config, tokenizer)
     directory = RunDirectory(config.run.directory)
-    checkpoint = directory.open(config, allow_changed=allow_changed)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
+        if torch.distributed.get_world_size() > 1:
+            raise ValueError("reval train runs in one process so far; start it without torchrun")
+        checkpoint = directory.open(config, allow_changed=allow_changed)
         learner = Learner(config, topology)
         engine = _make_engine(config, topology)
         stack.callback(engine.close)
@@ -128,7 +140,11 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        yield trainer
+        try:
+            yield trainer
+        except BaseException as error:
+            write_json(directory.exit_record, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
+            raise
 
 
 def _make_engine(config: Config, topology: Topology) -> RolloutEngine:
@@ -160,7 +176,9 @@ def _next_incarnation(replay: Path) -> int:
 
 def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResult:
     """Evaluate model.hf_path, or a checkpoint of a run of this config, on the held-out prompts."""
+    version = 0 if checkpoint is None else read_trainer_state(checkpoint)["iteration"]
     tokenizer = load_tokenizer(config.model.hf_path)
+    check_model(config, tokenizer)
     prompts = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
@@ -169,7 +187,7 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
         if checkpoint is not None:
             learner = Learner(config, topology)
             learner.load(checkpoint / WEIGHTS)
-            engine.update_weights(learner.export_weights(), read_trainer_state(checkpoint)["iteration"])
+            engine.update_weights(learner.export_weights(), version)
         verifier = stack.enter_context(VerifierPool(config.verifier))
         return evaluate(
             Answerer(engine, tokenizer, verifier),
@@ -179,3 +197,12 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
             max_response_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stop_token_ids(config, tokenizer),
         )
+
+
+def export_checkpoint(config: Config, checkpoint: Path, out: Path) -> None:
+    """Write the policy of a checkpoint as a directory in Hugging Face format."""
+    read_trainer_state(checkpoint)
+    with open_topology() as topology:
+        learner = Learner(config, topology)
+        learner.load(checkpoint / WEIGHTS)
+        write_directory(out, learner.export_weights(), companions=config.model.hf_path)

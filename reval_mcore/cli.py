@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reval_mcore import __version__
@@ -37,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint of a run")
     evaluate.set_defaults(execute=_evaluate)
 
+    export = commands.add_parser("export", help="write the policy of a checkpoint in Hugging Face format")
+    export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    export.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the latest of the run")
+    export.set_defaults(execute=_export)
+
     report = commands.add_parser("report", help="draw the learning curve of a run")
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     report.set_defaults(execute=_report)
@@ -48,12 +55,28 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example run.seed=1")
 
 
+class UserError(Exception):
+    """Something that the user can mend; the message says what and how."""
+
+
+@contextlib.contextmanager
+def _blame_user() -> Iterator[None]:
+    """Within it, a ValueError or OSError is about what the user gave: a setting, a file, a directory."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
 def _train(arguments: argparse.Namespace) -> None:
-    config = load(arguments.config, arguments.overrides)
-    from .assembly import open_trainer, quiet_libraries
+    with _blame_user():
+        config = load(arguments.config, arguments.overrides)
+    from reval_mcore.assembly import open_trainer, quiet_libraries
 
     quiet_libraries()
-    with open_trainer(config, allow_changed=arguments.allow_changed) as trainer:
+    with contextlib.ExitStack() as stack:
+        with _blame_user():  # what is wrong before the first iteration is the user's; later, it is ours
+            trainer = stack.enter_context(open_trainer(config, allow_changed=arguments.allow_changed))
         reason = trainer.run()
     if reason == "finished":
         print(f"finished; {config.run.directory}/summary.json has the figures")
@@ -61,12 +84,13 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"stopped by {reason} after iteration {trainer.progress.iteration}; the same command goes on from there")
 
 
+@_blame_user()
 def _evaluate(arguments: argparse.Namespace) -> None:
     overrides = list(arguments.overrides)
     if arguments.hf is not None:
         overrides.append(f"model.hf_path='{arguments.hf}'")
     config = load(arguments.config, overrides)
-    from .assembly import evaluate_weights, quiet_libraries
+    from reval_mcore.assembly import evaluate_weights, quiet_libraries
 
     quiet_libraries()
     result = evaluate_weights(config, arguments.checkpoint)
@@ -78,18 +102,30 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(f"{name:24s} {value:g}")
 
 
+@_blame_user()
+def _export(arguments: argparse.Namespace) -> None:
+    resolved = arguments.run / "config.toml"
+    config = load(resolved)
+    from reval_mcore.assembly import export_checkpoint, quiet_libraries
+
+    quiet_libraries()
+    export_checkpoint(config, arguments.checkpoint or arguments.run / "checkpoints" / "latest", arguments.out)
+    print(arguments.out)
+
+
+@_blame_user()
 def _report(arguments: argparse.Namespace) -> None:
-    from .report import draw_curve
+    from reval_mcore.report import draw_curve
 
     print(draw_curve(arguments.run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 for an error of the user, told in one message."""
+    """Exit status 0, or 2 for an error of the user, told in one message. Ours are tracebacks, with status 1."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.execute(arguments)
-    except ValueError as error:
+    except UserError as error:
         if arguments.debug:
             raise
         print(f"reval {arguments.command}: {error}", file=sys.stderr)

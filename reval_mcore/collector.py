@@ -107,19 +107,20 @@ class Collector:
             self._sampling,
             lambda prompt, index: stream_key(seed, "rollout", iteration, prompt.prompt_id, index),
         )
-        metrics = _response_metrics(answered)
+        judged = [self._judge(item) for item in answered]
         if config.verifier.permute_rewards:
-            answered = _permuted(answered, seed, iteration)
+            judged = _permuted(judged, seed, iteration)
         size = config.rollout.num_responses
         trajectories: list[Trajectory] = []
         for start in range(0, len(answered), size):
-            trajectories += self._group(answered[start : start + size], iteration)
+            group = slice(start, start + size)
+            trajectories += self._group(answered[group], judged[group], iteration)
         shard = self._writer.write(trajectories)
+        metrics = _response_metrics(answered) | {"reward_mean": float(np.mean([t.reward for t in trajectories]))}
         samples = tuple(_as_text(item) for item in answered[::size][: config.logging.num_text_samples])
         return Collected(shard, metrics, samples)
 
-    def _group(self, members: Sequence[Answered], iteration: int) -> list[Trajectory]:
-        judged = [self._judge(member) for member in members]
+    def _group(self, members: Sequence[Answered], judged: Sequence[Verdict | None], iteration: int) -> list[Trajectory]:
         rewards = np.array([verdict.reward for verdict in judged if verdict is not None])
         return [
             self._trajectory(
@@ -173,10 +174,14 @@ class Collector:
         )
 
 
-def _permuted(answered: Sequence[Answered], seed: int, iteration: int) -> list[Answered]:
-    """The same responses, their verdicts dealt out at random: a control that should learn nothing."""
-    order = generator(seed, "permute_rewards", iteration).permutation(len(answered))
-    return [replace(item, verdict=answered[i].verdict) for item, i in zip(answered, order.tolist(), strict=True)]
+def _permuted(judged: Sequence[Verdict | None], seed: int, iteration: int) -> list[Verdict | None]:
+    """The same verdicts, dealt out at random among the responses that have one: a control that should learn nothing."""
+    places = [place for place, verdict in enumerate(judged) if verdict is not None]
+    order = generator(seed, "permute_rewards", iteration).permutation(len(places))
+    dealt = list(judged)
+    for place, source in zip(places, order.tolist(), strict=True):
+        dealt[place] = judged[places[source]]
+    return dealt
 
 
 def _response_metrics(answered: Sequence[Answered]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
@@ -35,4 +36,5 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            print(f"{self.reason}: stopping at the end of this iteration; Ctrl-C stops at once", flush=True)
+            # not print: the signal may have come in the middle of one
+            os.write(1, f"{self.reason}: stopping at the end of this iteration; Ctrl-C stops at once\n".encode())

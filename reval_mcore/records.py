@@ -27,7 +27,7 @@ class Prompt:
     text: str  # as rendered by the template, just before tokenization
     token_ids: tuple[int, ...]
     answer: str  # ground truth for the verifier
-    source: str = ""  # data source, for per-source metrics
+    source: str = ""  # data source, as the prompt file names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +176,5 @@ class UpdateStats:
     """One optimizer update: per-trajectory results in the order of the batch, and scalars for the log."""
 
     residual: np.ndarray  # float64 [B]
-    logprobs: np.ndarray  # float32 [T]: of the weights before the update
     metrics: Mapping[str, float]
     skipped: bool  # not finite, or nothing in the loss: weights and Adam's state are as before

@@ -7,13 +7,14 @@ checkpoints/latest            a link to the newest complete one; what is not lin
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.exit_record = path / "control" / "exit.json"
+        self._lock: IO[str] | None = None
 
     def open(self, config: Config, *, allow_changed: Collection[str] = ()) -> Path | None:
         """Make the directory, or find the checkpoint to go on from; None to start afresh.
@@ -41,11 +43,9 @@ class RunDirectory:
         two runs. Raises ConfigError where the run was made with settings that decide what is learned, and that now
         differ and are not in `allow_changed`; other changes are logged.
         """
+        self._take_lock()
         latest = self.latest_checkpoint()
-        has_run = any(
-            path.stat().st_size > 0 for path in (self.metrics, self.replay / "journal.jsonl") if path.exists()
-        )
-        if latest is None and has_run:
+        if latest is None and self.metrics.exists() and self.metrics.stat().st_size > 0:
             raise ValueError(
                 f"run.directory = {self.path}: holds a run without a checkpoint; remove it, or give another directory"
             )
@@ -55,10 +55,42 @@ class RunDirectory:
                 logger.warning("going on with another setting than before: %s", change)
         for directory in (self.checkpoints, self.exit_record.parent):
             directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".writing_*"):
-            shutil.rmtree(leftover)
+        self._sweep(latest)
         write_text(self.path / "config.toml", dumps(config))
         return latest
+
+    def _take_lock(self) -> None:
+        """Keep other processes out for as long as this one lives. Raises ValueError where one is at work here."""
+        if self._lock is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"run.directory = {self.path}: another process trains here; wait for it, or give another directory"
+            ) from None
+        except OSError as error:  # a shared filesystem mounted without locks
+            logger.warning("%s: no lock (%s); see to it that only one process trains here", self.path, error.strerror)
+
+    def _sweep(self, latest: Path | None) -> None:
+        """Remove what an earlier attempt left behind and what does not count: see the top of this file."""
+        for leftover in self.checkpoints.glob(".writing_*"):
+            shutil.rmtree(leftover)
+        for path in self.kept_checkpoints():
+            if latest is None or path.name > latest.name:
+                self._remove(path)
+        if latest is None:  # no iteration was finished: start from an empty buffer
+            shutil.rmtree(self.replay, ignore_errors=True)
+        for stale in (self.exit_record, self.summary):
+            stale.unlink(missing_ok=True)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Out of sight at once, so that a half-removed one is never taken for one."""
+        hidden = checkpoint.with_name(f".writing_old_{checkpoint.name}")
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
 
     def latest_checkpoint(self) -> Path | None:
         link = self.checkpoints / "latest"
@@ -85,17 +117,15 @@ class RunDirectory:
         for path in (*written.rglob("*"), written):
             fsync(path)
         final = self.checkpoints / written.name.replace(".writing_", "step_")
-        if final.exists():  # an abandoned future: the run was resumed from before it
-            shutil.rmtree(final)
         written.rename(final)
         fsync(self.checkpoints)
-        link = self.checkpoints / ".writing_latest"
+        link = self.checkpoints / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         link.rename(self.checkpoints / "latest")
         fsync(self.checkpoints)
         for old in self.kept_checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            self._remove(old)
         return final
 
     def cut_metrics(self, first_iteration: int) -> None:

@@ -81,6 +81,7 @@ class Trainer:
         self.objective = make_objective(config.objective)
         self.clock = PhaseClock()
         self.progress = Progress()
+        self._evaluated: tuple[int, EvaluationResult] | None = None  # after which iteration, and what
 
     # ------------------------------------------------------------ the loop
 
@@ -96,10 +97,10 @@ class Trainer:
             mismatch = self.measure_mismatch(fresh)
             updates = [self.update(batch) for batch in self.batches(fresh)]
             self.publish_weights(iteration + 1)
+            progress.iteration = iteration + 1
             if is_due(config.reference.reset_interval, iteration):
                 self.reset_reference(iteration + 1)
             evaluation = self.evaluate() if is_due(config.evaluation.interval, iteration) else None
-            progress.iteration = iteration + 1
             self.log(iteration, collected, mismatch, updates, evaluation)
             if is_due(config.checkpoint.interval, iteration):
                 self.save()
@@ -131,14 +132,14 @@ class Trainer:
 
     def batches(self, fresh: np.ndarray) -> Iterator[Batch]:
         """The K batches of an iteration. Under lazy refresh, rows of an older reference are scored here."""
-        config = self.config
+        config, first_update = self.config, self.progress.num_updates
         for index in range(config.updates.per_iteration):
             if index == 0 and config.replay.first_update == "fresh":
                 if len(fresh) == 0:  # the shard was damaged on disk and is in quarantine
                     continue
                 batch = self.replay.batch(fresh)
-            elif len(self.replay) >= config.replay.min_size:
-                batch = self.replay.sample(config.updates.batch_size, self.progress.num_updates)
+            elif len(self.replay) >= max(1, config.replay.min_size):
+                batch = self.replay.sample(config.updates.batch_size, first_update + index)
             else:
                 return
             if len(self.replay.stale_rows(batch.rows, self.learner.reference_version)):
@@ -177,15 +178,19 @@ class Trainer:
         return {"mismatch/logprob_abs_mean": float(gap.mean()), "mismatch/logprob_abs_max": float(gap.max())}
 
     def evaluate(self) -> EvaluationResult:
-        with self.clock.phase("evaluate"):
-            return evaluate(
-                self.answerer,
-                self.held_out,
-                self.config.evaluation,
-                seed=self.config.run.seed,
-                max_response_tokens=self.config.rollout.max_response_tokens,
-                stop_token_ids=self.stop_token_ids,
-            )
+        """Of the engine's weights; a second call after the same iteration costs nothing."""
+        if self._evaluated is None or self._evaluated[0] != self.progress.iteration:
+            with self.clock.phase("evaluate"):
+                result = evaluate(
+                    self.answerer,
+                    self.held_out,
+                    self.config.evaluation,
+                    seed=self.config.run.seed,
+                    max_response_tokens=self.config.rollout.max_response_tokens,
+                    stop_token_ids=self.stop_token_ids,
+                )
+            self._evaluated = self.progress.iteration, result
+        return self._evaluated[1]
 
     # ------------------------------------------------------------ what a run leaves behind
 

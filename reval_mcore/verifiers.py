@@ -112,6 +112,11 @@ def _bare(text: str) -> str:
     return text if inner is None else inner.strip()
 
 
+def _dense(number: str) -> str:
+    """Without white space of any kind: `\\s` of the patterns is more than what int() and Fraction() let pass."""
+    return re.sub(r"\s", "", number)
+
+
 def _rational(text: str) -> tuple[Fraction, bool] | None:
     """The value of an integer, decimal or simple fraction, and whether it is written as a decimal; None: neither."""
     if len(text) > _MAX_DIGITS:
@@ -120,17 +125,17 @@ def _rational(text: str) -> tuple[Fraction, bool] | None:
     if _GROUPED.fullmatch(text, len(sign)):
         text = sign + re.sub(r"[^0-9]", "", text[len(sign) :])
     if _NUMBER.fullmatch(text):
-        return Fraction(text.replace(" ", "")), "." in text
+        return Fraction(_dense(text)), "." in text
     if match := _FRACTION.fullmatch(text):
         minus, above, below = match.groups()
     elif match := _RATIO.fullmatch(text):
         minus, above, below = "", *match.groups()
     else:
         return None
-    denominator = int(below.replace(" ", ""))
+    denominator = int(_dense(below))
     if denominator == 0:
         return None
-    value = Fraction(int(above.replace(" ", "")), denominator)
+    value = Fraction(int(_dense(above)), denominator)
     return (-value if minus == "-" else value), False
 
 

@@ -48,6 +48,10 @@ if [[ -e $run ]]; then
 fi
 .venv/bin/reval train configs/demo.toml "run.seed=$seed" "model.hf_path=$model" "prompts.train=$model/prompts/train.jsonl" \
     "prompts.held_out=$model/prompts/held_out.jsonl" "run.directory=$run" "$@"
+if [[ ! -e $run/summary.json ]]; then
+    echo "demo: stopped before the end, nothing to report yet" >&2
+    exit 130
+fi
 curve=$(.venv/bin/reval report "$run")
 
 cat <<END

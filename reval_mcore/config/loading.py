@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -31,11 +32,15 @@ def parse(raw: Mapping[str, Any], source: str) -> Config:
         kind = field.annotation
         assert isinstance(kind, type)
         assert issubclass(kind, Section)
+        value = raw.get(name, {})
         try:
-            sections[name] = kind.model_validate(raw.get(name, {}))
+            sections[name] = kind.model_validate(value)
         except ValidationError as error:
             found = [problem_of(item, name) for item in error.errors(include_url=False)]
             problems.extend({problem.path: problem for problem in found}.values())
+            if isinstance(value, dict):  # a key too many does not keep the others from being checked together
+                with contextlib.suppress(ValidationError):
+                    sections[name] = kind.model_validate({k: v for k, v in value.items() if k in kind.model_fields})
     for check, needs in CHECKS:
         if all(name in sections for name in needs):
             problems.extend(check(*(sections[name] for name in needs)))

@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 VOCABULARY_MULTIPLE = 128  # rows of embedding and output layer, per tensor-parallel rank
 
@@ -66,7 +68,7 @@ def read_spec(directory: Path) -> ModelSpec:
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"model.hf_path = {directory}: no config.json in it; give a directory in Hugging Face format")
-    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_json(path)
 
     def need(key: str) -> Any:
         if raw.get(key) is None:
@@ -97,6 +99,17 @@ def read_spec(directory: Path) -> ModelSpec:
         rope_theta=_rope_theta(raw, path),
         tied_embeddings=bool(need("tie_word_embeddings")),
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where the file holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+        raise ValueError(f"{path}: is not JSON ({error}); the file is damaged, fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: is JSON but no object; the file is damaged, fetch it again")
+    return value
 
 
 def _rope_theta(raw: dict[str, Any], path: Path) -> float:
@@ -248,7 +261,7 @@ class CheckpointReader:
         self._handles: dict[str, Any] = {}
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            self._files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._files: dict[str, str] = read_json(index)["weight_map"]
         else:
             self._files = {}
             for path in sorted(directory.glob("*.safetensors")):
@@ -267,7 +280,11 @@ class CheckpointReader:
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
-            self._handles[file] = safe_open(self._directory / file, framework="pt", device="cpu")
+            path = self._directory / file
+            try:
+                self._handles[file] = safe_open(path, framework="pt", device="cpu")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path}: cannot be read ({error}); the checkpoint is not whole") from None
         return self._handles[file]
 
 
@@ -284,6 +301,26 @@ def load_weights(model: torch.nn.Module, directory: Path, spec: ModelSpec, *, tp
                 f"{tuple(parameter.shape)}; config.json and the weights do not belong together"
             )
         parameter.copy_(shard)
+
+
+# what a directory in HF format has beside its weights
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+
+
+def write_directory(directory: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], *, companions: Path) -> None:
+    """A directory in HF format: these weights, with configuration and tokenizer copied from `companions`.
+
+    Raises ValueError where something is in the way.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: is not empty; give a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    for pattern in _COMPANIONS:
+        for path in companions.glob(pattern):
+            if not path.name.endswith(".safetensors.index.json"):
+                shutil.copy(path, directory / path.name)
 
 
 @torch.no_grad()

@@ -122,15 +122,13 @@ class Learner:
             tokens = self._token_scores(logits, micro_batch)
             count = int(targets.weight[micro_batch.members].sum())
             output = objective(tokens, _select(targets, micro_batch.members, device), _identity)
-            details = {"loss": output.loss.detach(), "residual": output.residual, "logprob": tokens.logprob.detach()}
+            details = {"loss": output.loss.detach(), "residual": output.residual}
             return output.loss.sum(), self._count(count), details | output.metrics
 
         self._ddp.zero_grad_buffer()
         columns: dict[str, np.ndarray] = {}
-        logprobs = np.zeros(len(batch.tokens), np.float32)
         micro_batches = pack(batch, max_tokens=self._max_tokens, device=device)
         for micro_batch, details in self._run(micro_batches, loss, forward_only=False):
-            _scatter_logprobs(logprobs, micro_batch, details.pop("logprob"))
             for name, values in details.items():
                 columns.setdefault(name, np.zeros(len(batch)))[micro_batch.members] = _numpy(values)
         step = self._optimizer.step(has_gradient=bool(targets.weight.any()))
@@ -148,7 +146,7 @@ class Learner:
         }
         residual = columns.pop("residual")
         metrics |= {name: float((values * weight).sum() / total) for name, values in columns.items()}
-        return UpdateStats(residual=residual, logprobs=logprobs, metrics=metrics, skipped=step.skipped)
+        return UpdateStats(residual=residual, metrics=metrics, skipped=step.skipped)
 
     def reset_reference(self, policy_version: int) -> None:
         """reference <- policy, now named `policy_version`. Every residual is -r / beta; stored scores are stale."""

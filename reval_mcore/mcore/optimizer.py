@@ -121,12 +121,22 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over Adam's state and the place in the schedule. Settings stay those of this configuration.
+
+        megatron-core would take both from the checkpoint: a run made longer would go on at the old schedule's end.
+        """
+        settings = [
+            {key: value for key, value in group.items() if key not in ("params", "step")}
+            for group in self._optimizer.param_groups
+        ]
         self._optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
         for inner in _torch_adam_parts(self._optimizer):
             for entry in inner.optimizer.state.values():
                 entry["step"] = entry["step"].clone()
-        self._scheduler.num_steps = 0  # it adds the saved number of steps to this
-        self._scheduler.load_state_dict(state["schedule"])
+        self._scheduler.num_steps = 0
+        self._scheduler.step(increment=state["schedule"]["num_steps"])
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -163,11 +163,6 @@ def cumulative(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def file_crc32(path: Path) -> int:
-    """CRC32 of every byte of a file, footer included."""
-    return zlib.crc32(path.read_bytes())
-
-
 def fsync_directory(path: Path) -> None:
     """Make renames, creations and removals in a directory survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -32,14 +32,10 @@ class EmbeddedEngine:
     def __init__(self, hf_path: Path, *, dtype: torch.dtype, device: torch.device, max_batch_size: int) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype)  # its mixins defeat type checkers
         self._model = model.to(device).eval()
-        self._tensors = self._own_tensors()
+        # named_parameters lists a tied tensor once, under its first name
+        self._tensors: dict[str, torch.Tensor] = dict(self._model.named_parameters())
         self._max_batch_size = max_batch_size
         self._version = 0
-
-    def _own_tensors(self) -> dict[str, torch.Tensor]:
-        """Weights by HF name; a tied tensor once, under its first name."""
-        tied = set(self._model.all_tied_weights_keys)
-        return {name: tensor for name, tensor in self._model.named_parameters() if name not in tied}
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[GenerationResponse]:
         # neighbours in length share a batch, so that little is padded

@@ -68,7 +68,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run") / "small"
-    train(tiny_model, run)
+    train(tiny_model, run, "checkpoint.keep=1")
     return run
 
 
@@ -103,9 +103,10 @@ def test_shards_hold_whole_groups_under_the_versions_that_made_them(finished: Pa
 
 
 def test_shards_that_no_kept_checkpoint_needs_are_removed(finished: Path) -> None:
-    """At the checkpoint after iteration 2 rows 0 to 31 live; after iteration 4 rows 24 to 63 do."""
+    """At the last checkpoint, the only one kept, rows 24 to 63 live, so the shard of rows 0 to 15 is not needed."""
     kept = sorted(path.stem for path in (finished / "replay" / "shards").iterdir())
-    assert [name[-1] for name in kept] == ["0", "1", "2", "3"]
+    assert [name[-1] for name in kept] == ["1", "2", "3"]
+    assert [path.name for path in (finished / "checkpoints").glob("step_*")] == ["step_000004"]
 
 
 @pytest.mark.parametrize("refresh", ["eager", "lazy"])
@@ -118,7 +119,6 @@ def test_a_resumed_run_is_the_same_run(tiny_model: Path, tmp_path: Path, refresh
     shutil.rmtree(again / "checkpoints" / "step_000004")
     (again / "checkpoints" / "latest").unlink()
     (again / "checkpoints" / "latest").symlink_to("step_000002")
-    (again / "summary.json").unlink()
     train(tiny_model, again, refresh)
     assert metrics(again) == metrics(whole)
     for name in ("replay.npz",):
@@ -171,6 +171,18 @@ def test_a_checkpoint_evaluates_as_its_run_did(finished: Path, tiny_model: Path)
         assert float(shown["greedy_accuracy"]) == pytest.approx(after[f"greedy_accuracy_{expected}"], abs=1e-5)
 
 
+def test_an_exported_policy_is_what_the_run_trained(finished: Path, tmp_path: Path) -> None:
+    done = reval("export", str(finished), "--out", str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    done = reval("eval", str(finished / "config.toml"), "--hf", str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    shown = dict(line.split()[:2] for line in done.stdout.splitlines()[1:])
+    after = json.loads((finished / "summary.json").read_text())
+    assert float(shown["accuracy"]) == pytest.approx(after["accuracy_after"], abs=1e-5)
+    done = reval("export", str(finished), "--out", str(tmp_path / "hf"))
+    assert (done.returncode, "is not empty" in done.stderr) == (2, True)
+
+
 def test_the_curve_is_a_picture(finished: Path) -> None:
     done = reval("report", str(finished))
     assert done.returncode == 0, done.stderr
@@ -186,6 +198,8 @@ def test_the_curve_is_a_picture(finished: Path) -> None:
         (("train", "nowhere.toml"), "there is no such file"),
         (("train", "configs/demo.toml", "model.hf_path=nowhere"), "nowhere"),
         (("train", "configs/demo.toml", "run.seed"), "section.key=value"),
+        (("eval", "configs/demo.toml", "--checkpoint", "nowhere"), "nowhere: not a checkpoint of a run"),
+        (("export", "nowhere", "--out", "there"), "there is no such file"),
     ],
 )
 def test_an_error_of_the_user_is_one_message_and_status_2(arguments: tuple[str, ...], message: str) -> None:
@@ -193,6 +207,28 @@ def test_an_error_of_the_user_is_one_message_and_status_2(arguments: tuple[str, 
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.num_prompts=5000", "rollout.num_prompts"),
+        ("rollout.stop_token_ids=[999999]", "rollout.stop_token_ids: 999999 is no token"),
+        ("rollout.max_response_tokens=400", "updates.max_tokens_per_micro_batch"),
+        ("run.directory=README.md", "README.md"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tiny_model: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    extra = ("updates.max_tokens_per_micro_batch=100", "replay.capacity=100000") if "400" in override else ()
+    extra = ("replay.capacity=100000",) if "5000" in override else extra
+    done = reval("train", "configs/demo.toml", *paths_of(tiny_model, run), override, *extra)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not run.exists()
 
 
 def test_held_out_prompts_that_are_training_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -130,9 +130,10 @@ def test_permuted_rewards_keep_their_number_and_lose_their_responses(tmp_path: P
     dealt, metrics, _ = collect(
         tmp_path, verifier, config(reward={"truncation": "zero_reward"}, verifier={"permute_rewards": True})
     )
-    reasons = [t.verdict for t in plain], [t.verdict for t in dealt]
-    assert sorted(reasons[0]) == sorted(reasons[1])
-    assert reasons[0] != reasons[1]
+    before, after = ([(t.reward, t.verdict) for t in trajectories] for trajectories in (plain, dealt))
+    assert sorted(before) == sorted(after)
+    assert before != after
+    assert metrics["reward_mean"] == pytest.approx(np.mean([reward for reward, _ in after]))
     assert metrics["accuracy"] == 0.5  # what is logged is the truth: 2 of 4 answers are right
 
 

@@ -223,3 +223,11 @@ def test_importing_the_configuration_leaves_torch_out() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_config_loads(path: Path) -> None:
     assert isinstance(load(path), Config)
+
+
+def test_a_key_too_many_does_not_hide_what_is_wrong_between_sections() -> None:
+    overrides = ["rollout.num_respones=4", "optimizer.lr=fast", "replay.capacity=100"]
+    with pytest.raises(ConfigError) as error:
+        load(Path(__file__).parents[2] / "configs" / "demo.toml", overrides)
+    paths = [problem.path for problem in error.value.problems]
+    assert sorted(paths) == ["optimizer.lr", "replay.capacity", "rollout.num_respones", "updates.batch_size"]

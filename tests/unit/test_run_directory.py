@@ -44,6 +44,48 @@ def test_an_unpublished_checkpoint_does_not_count_and_is_swept(tmp_path: Path) -
     assert not list(directory.checkpoints.glob(".writing_*"))
 
 
+def test_a_checkpoint_that_latest_does_not_reach_does_not_count(tmp_path: Path) -> None:
+    """A crash between the two renames leaves one. It must neither be resumed from nor push out the one that counts."""
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path))
+    publish(directory, 2)
+    publish(directory, 6)
+    (directory.checkpoints / "latest").unlink()
+    (directory.checkpoints / "latest").symlink_to("step_000002")
+    assert directory.open(make_config(tmp_path)) == directory.checkpoints / "step_000002"
+    assert [path.name for path in directory.kept_checkpoints()] == ["step_000002"]
+    publish(directory, 4, keep=1)
+    assert [path.name for path in directory.kept_checkpoints()] == ["step_000004"]
+    assert directory.latest_checkpoint() == directory.checkpoints / "step_000004"
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).open(make_config(tmp_path))  # closes its lock when it is collected
+    first = RunDirectory(tmp_path)
+    first.open(make_config(tmp_path))
+    with pytest.raises(ValueError, match="another process trains here"):
+        RunDirectory(tmp_path).open(make_config(tmp_path))
+
+
+def test_what_an_earlier_attempt_said_of_its_end_is_taken_back(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path))
+    publish(directory, 2)
+    for path in (directory.summary, directory.exit_record):
+        path.write_text("{}")
+    directory.open(make_config(tmp_path))
+    assert not directory.summary.exists()
+    assert not directory.exit_record.exists()
+
+
+def test_a_run_that_finished_no_iteration_starts_from_an_empty_buffer(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    (directory.replay / "shards").mkdir(parents=True)
+    (directory.replay / "journal.jsonl").write_text("something")
+    assert directory.open(make_config(tmp_path)) is None
+    assert not directory.replay.exists()
+
+
 def test_a_run_without_a_checkpoint_is_not_run_over(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.open(make_config(tmp_path))

@@ -372,3 +372,16 @@ def test_workers_do_not_outlive_a_killed_parent(last_words: str) -> None:
         parent.kill()
     psutil.wait_procs([worker], timeout=10)
     assert not worker.is_running()
+
+
+@given(
+    st.text(st.sampled_from("+-0123456789./ \n\t\u00a0\u2009{}\\frac,$"), max_size=30),
+    st.sampled_from(["5", "-5", "0.5"]),
+)
+def test_no_answer_makes_the_comparison_fail(answer: str, truth: str) -> None:
+    assert compare_exactly(answer, truth) in (True, False, None)
+
+
+@pytest.mark.parametrize("answer", ["-\n5", "-\t5", "- 5", "-\u00a05", "\\frac{-\n10}{2}"])
+def test_white_space_of_any_kind_may_stand_in_a_number(answer: str) -> None:
+    assert compare_exactly(answer, "-5") is True

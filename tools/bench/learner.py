@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         update_s = median_s(lambda: learner.update(batch, targets, objective), options.repeats)
-        peak = torch.cuda.max_memory_allocated() if on_cuda else 0
+        peak = {"peak_device_memory_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {}
         score_s = median_s(lambda: learner.score(batch), options.repeats)
         reference_s = median_s(lambda: learner.score_reference(batch), options.repeats)
         num_tokens = len(batch.tokens)
@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             "reference_swap_over_score": (reference_s - score_s) / score_s,
             # 6 FLOP a parameter and token for an update; attention's own products are left out
             "update_model_tflops": 6 * learner.num_parameters * num_tokens / update_s / 1e12,
-            "peak_device_memory_bytes": peak,
+            **peak,
         }
 
 

@@ -144,16 +144,6 @@ def test_rows_without_verdict_leave_loss_normaliser_and_gradient(untied: Path, t
         assert float((gradient - part[name]).abs().max()) < 1e-5 * float(gradient.abs().max()), name
 
 
-def test_an_update_returns_the_log_probabilities_before_it(untied: Path, topology: Topology) -> None:
-    config = make_config(untied)
-    learner = Learner(config, topology)
-    batch = scored(learner, make_batch(8))
-    before = learner.score(batch).logprobs
-    stats = update(learner, batch, config)
-    np.testing.assert_array_equal(stats.logprobs, before)
-    assert max_gap(learner.score(batch).logprobs, before) > 1e-3
-
-
 # ---------------------------------------------------------------- vocabulary padding
 
 

@@ -313,3 +313,23 @@ def test_a_reference_that_is_the_policy_is_still_so_after_a_resume(
     batch = make_batch(10)
     for scores in (resumed.score(batch), resumed.score_reference(batch)):
         np.testing.assert_array_equal(scores.trajectory_score, learner.score(batch).trajectory_score)
+
+
+def test_a_resumed_run_keeps_its_place_and_takes_the_new_settings(
+    untied: Path, topology: Topology, tmp_path: Path
+) -> None:
+    """A run that is made longer goes on falling from where it was, and does not stand still at the old end."""
+    short = make_config(untied, run={"num_iterations": 2}, optimizer={"lr": 1e-3, "schedule": "linear"})
+    longer = make_config(
+        untied, run={"num_iterations": 8}, optimizer={"lr": 2e-3, "schedule": "linear", "betas": [0.5, 0.6]}
+    )
+    learner = Learner(short, topology)
+    batch = scored(learner, make_batch(8, seed=0))
+    rates = [update(learner, batch, short).metrics["learning_rate"] for _ in range(4)]
+    assert rates == pytest.approx([1e-3 * (1 - n / 4) for n in range(1, 5)])
+    learner.save(tmp_path)
+    resumed = Learner(longer, topology)
+    resumed.load(tmp_path)
+    rates = [update(resumed, batch, longer).metrics["learning_rate"] for _ in range(3)]
+    assert rates == pytest.approx([2e-3 * (1 - n / 16) for n in range(5, 8)])
+    assert {group["betas"] for group in resumed._optimizer._optimizer.param_groups} == {(0.5, 0.6)}
