@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config
 from reval_mcore.control import StopSignals
+from reval_mcore.durable import write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.hf_mapping import read_json, read_spec, write_directory
 from reval_mcore.mcore.learner import Learner
@@ -33,7 +34,7 @@ from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.replay.shards import ShardName, ShardWriter
 from reval_mcore.rollout.embedded import EmbeddedEngine
 from reval_mcore.rollout.engine import RolloutEngine
-from reval_mcore.run_directory import WEIGHTS, RunDirectory, read_trainer_state, write_json
+from reval_mcore.run_directory import WEIGHTS, RunDirectory, read_trainer_state
 from reval_mcore.trainer import Trainer
 from reval_mcore.verifiers import VerifierPool
 

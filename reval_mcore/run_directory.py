@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from reval_mcore.config import Config, check_changes, dumps, load
+from reval_mcore.durable import fsync, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -137,21 +138,6 @@ class RunDirectory:
             write_text(self.metrics, "".join(kept))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync(path.parent)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     np.savez(path, allow_pickle=False, **arrays)
 
@@ -159,14 +145,6 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:

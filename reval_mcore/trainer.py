@@ -11,6 +11,7 @@ import numpy as np
 from reval_mcore.collector import Answerer, Collected, Collector
 from reval_mcore.config import Config, is_due
 from reval_mcore.control import StopSignals
+from reval_mcore.durable import write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.metrics import MetricsWriter, PhaseClock
@@ -26,7 +27,6 @@ from reval_mcore.run_directory import (
     read_arrays,
     read_trainer_state,
     write_arrays,
-    write_json,
 )
 
 _CONSOLE = {

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from reval_mcore.durable import fsync
 from reval_mcore.records import Batch, ReferenceScores, Scores
 from reval_mcore.replay.journal import Admit, Evict, Index, Journal, Quarantine
 from reval_mcore.replay.samplers import SAMPLERS, SamplerName
@@ -34,7 +35,6 @@ from reval_mcore.replay.shards import (
     LoadedShard,
     ShardName,
     cumulative,
-    fsync_directory,
     read_shard,
 )
 
@@ -230,8 +230,8 @@ class ReplayBuffer:
 
     def _move(self, name: str, source: str, target: str) -> None:
         (self.directory / source / name).replace(self.directory / target / name)
-        fsync_directory(self.directory / target)
-        fsync_directory(self.directory / source)
+        fsync(self.directory / target)
+        fsync(self.directory / source)
 
     # ------------------------------------------------------------ reading and noting
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reval_mcore.replay.shards import fsync_directory
+from reval_mcore.durable import fsync
 
 FORMAT_VERSION = 1
 
@@ -125,7 +125,7 @@ class Journal:
             self._replay(path.read_bytes())
         if not self._ends:
             self._write(_encode({"format": "reval_mcore.replay_journal", "format_version": FORMAT_VERSION}))
-            fsync_directory(path.parent)
+            fsync(path.parent)
             self._ends.append(path.stat().st_size)
 
     @property

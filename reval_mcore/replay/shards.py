@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reval_mcore.durable import fsync
 from reval_mcore.records import FinishReason, Trajectory, VerdictReason, VersionSpan
 
 SHARDS, TMP, QUARANTINE = "shards", "tmp", "quarantine"
@@ -163,15 +164,6 @@ def cumulative(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def fsync_directory(path: Path) -> None:
-    """Make renames, creations and removals in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -288,7 +280,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
             tmp.rename(final)
-            fsync_directory(self._shards)
+            fsync(self._shards)
         except OSError as error:
             tmp.unlink(missing_ok=True)
             reason = f"replay shard of {data.size} bytes not written: {error.strerror}"
