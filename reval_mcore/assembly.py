@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config
 from reval_mcore.control import StopSignals
-from reval_mcore.durable import write_json
+from reval_mcore.durable import crc32, write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.hf_mapping import read_json, read_spec, write_directory
 from reval_mcore.mcore.learner import Learner
@@ -107,7 +108,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         topology = stack.enter_context(open_topology())
         if torch.distributed.get_world_size() > 1:
             raise ValueError("reval train runs in one process so far; start it without torchrun")
-        checkpoint = directory.open(config, allow_changed=allow_changed)
+        checkpoint = directory.open(config, inputs=_input_hashes(config, tokenizer), allow_changed=allow_changed)
         learner = Learner(config, topology)
         engine = _make_engine(config, topology)
         stack.callback(engine.close)
@@ -146,6 +147,17 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         except BaseException as error:
             write_json(directory.exit_record, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
             raise
+
+
+def _input_hashes(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What is behind the settings that name files, as CRC32s. Weights are left out: a run soon has its own."""
+    prompts, hf_path = config.prompts, config.model.hf_path
+    model = [tokenizer_hash(tokenizer), template_hash(tokenizer, prompts), (hf_path / "config.json").read_text()]
+    return {
+        "prompts.train": f"{crc32(prompts.train):08x}",
+        "prompts.held_out": f"{crc32(prompts.held_out):08x}",
+        "model.hf_path": f"{zlib.crc32(''.join(model).encode()):08x}",
+    }
 
 
 def _make_engine(config: Config, topology: Topology) -> RolloutEngine:

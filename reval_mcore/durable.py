@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def crc32(path: Path) -> int:
+    """CRC32 of a whole file, read in pieces."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

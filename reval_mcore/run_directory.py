@@ -1,7 +1,8 @@
 """The run directory: where things lie in it, and how they get there whole.
 
-config.toml   metrics.jsonl   tensorboard/   replay/   summary.json   curve.png
-checkpoints/step_000200/      a distributed checkpoint (weights/), trainer.json, replay.npz
+config.toml   metrics.jsonl   tensorboard/   replay/   summary.json   curve.png   control/exit.json
+inputs.json                   hashes of what the run was given: prompts, tokenizer, model configuration
+checkpoints/step_000200/      a distributed checkpoint (weights/), trainer.json, replay.npz; manifest.json: CRC32s
 checkpoints/latest            a link to the newest complete one; what is not linked from here does not count
 """
 
@@ -19,12 +20,12 @@ from typing import IO, Any
 import numpy as np
 
 from reval_mcore.config import Config, check_changes, dumps, load
-from reval_mcore.durable import fsync, write_text
+from reval_mcore.durable import crc32, fsync, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
 # the parts of a checkpoint
-WEIGHTS, TRAINER_STATE, REPLAY_STATE = "weights", "trainer.json", "replay.npz"
+WEIGHTS, TRAINER_STATE, REPLAY_STATE, MANIFEST = "weights", "trainer.json", "replay.npz", "manifest.json"
 
 
 class RunDirectory:
@@ -34,15 +35,17 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self.inputs = path / "inputs.json"
         self.exit_record = path / "control" / "exit.json"
         self._lock: IO[str] | None = None
 
-    def open(self, config: Config, *, allow_changed: Collection[str] = ()) -> Path | None:
+    def open(self, config: Config, *, inputs: Mapping[str, str], allow_changed: Collection[str] = ()) -> Path | None:
         """Make the directory, or find the checkpoint to go on from; None to start afresh.
 
-        Raises ValueError where a run without a checkpoint lies here: going on is impossible, starting over would mix
-        two runs. Raises ConfigError where the run was made with settings that decide what is learned, and that now
-        differ and are not in `allow_changed`; other changes are logged.
+        `inputs` has a hash of the contents behind each setting that names files. Raises ValueError where a run without
+        a checkpoint lies here (going on is impossible, starting over would mix two runs), where the checkpoint is
+        damaged, and where inputs changed. Raises ConfigError where settings changed that decide what is learned.
+        `allow_changed` names settings that may; other changes are logged.
         """
         self._take_lock()
         latest = self.latest_checkpoint()
@@ -54,10 +57,13 @@ class RunDirectory:
             resolved = self.path / "config.toml"
             for change in check_changes(load(resolved), config, allowed=allow_changed, source=str(resolved)):
                 logger.warning("going on with another setting than before: %s", change)
+            self._check_inputs(inputs, allow_changed)
+            self.verify(latest)
         for directory in (self.checkpoints, self.exit_record.parent):
             directory.mkdir(parents=True, exist_ok=True)
         self._sweep(latest)
         write_text(self.path / "config.toml", dumps(config))
+        write_json(self.inputs, inputs)
         return latest
 
     def _take_lock(self) -> None:
@@ -115,6 +121,8 @@ class RunDirectory:
 
     def publish_checkpoint(self, written: Path, *, keep: int) -> Path:
         """Make a written checkpoint the latest, then remove the oldest above `keep`."""
+        files = sorted(path for path in written.rglob("*") if path.is_file())
+        write_json(written / MANIFEST, {str(path.relative_to(written)): crc32(path) for path in files})
         for path in (*written.rglob("*"), written):
             fsync(path)
         final = self.checkpoints / written.name.replace(".writing_", "step_")
@@ -128,6 +136,33 @@ class RunDirectory:
         for old in self.kept_checkpoints()[:-keep]:
             self._remove(old)
         return final
+
+    def verify(self, checkpoint: Path) -> None:
+        """Read a checkpoint whole. Raises ValueError that names its damaged files, and the checkpoint before it."""
+        manifest = _read_object(checkpoint / MANIFEST)
+        damaged = [
+            name
+            for name, expected in manifest.items()
+            if not (checkpoint / name).is_file() or crc32(checkpoint / name) != expected
+        ]
+        if not damaged:
+            return
+        older = [path.name for path in self.kept_checkpoints() if path.name < checkpoint.name]
+        remedy = "there is no older one; start another run directory"
+        if older:
+            remedy = f"go on from the one before it: ln -sfn {older[-1]} {self.checkpoints / 'latest'}"
+        raise ValueError(f"{checkpoint}: damaged ({', '.join(damaged)}); {remedy}")
+
+    def _check_inputs(self, inputs: Mapping[str, str], allow_changed: Collection[str]) -> None:
+        """Raises ValueError where files that a setting names hold something else than when the run began."""
+        before = _read_object(self.inputs)
+        refused = [name for name in inputs if before[name] != inputs[name] and name not in allow_changed]
+        if refused:
+            allow = " ".join(f"--allow-changed {name}" for name in refused)
+            raise ValueError(
+                f"run.directory = {self.path}: other contents than when this run began, behind {', '.join(refused)}; "
+                f"put them back, start another run directory, or accept the change with {allow}"
+            )
 
     def cut_metrics(self, first_iteration: int) -> None:
         """Drop what an abandoned future wrote: lines of `first_iteration` and later, and a torn last line."""
@@ -147,9 +182,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); the run directory is damaged") from None
+
+
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The counters of a checkpoint. Raises ValueError where there is none."""
     path = checkpoint / TRAINER_STATE
     if not path.is_file():
         raise ValueError(f"{checkpoint}: not a checkpoint of a run; give RUN/checkpoints/step_... or .../latest")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read_object(path)

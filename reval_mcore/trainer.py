@@ -116,6 +116,8 @@ class Trainer:
         with self.clock.phase("admit"):
             fresh = self.replay.admit([collected.shard])
         self.progress.num_trajectories += len(fresh)
+        if self.config.checkpoint.interval == "never":  # no checkpoint will need what was evicted
+            self.replay.unlink_evicted(self.replay.first_live_row)
         self.score(fresh)
         return fresh
 

@@ -160,6 +160,20 @@ def test_a_signal_finishes_the_iteration_saves_and_says_so(
     assert json.loads((run / "control" / "exit.json").read_text())["reason"] == "finished"
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_refused_by_file(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    path = run / "checkpoints" / "latest" / "weights" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    more = ("run.num_iterations=6", "checkpoint.keep=1")
+    done = reval("train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, *more)
+    assert done.returncode == 2
+    assert "step_000004: damaged (weights/__0_0.distcp); there is no older one" in done.stderr
+    assert (run / "summary.json").is_file()  # a refused start leaves the run as it was
+
+
 def test_a_checkpoint_evaluates_as_its_run_did(finished: Path, tiny_model: Path) -> None:
     config = str(finished / "config.toml")
     after = json.loads((finished / "summary.json").read_text())
