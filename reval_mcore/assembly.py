@@ -67,10 +67,10 @@ def stop_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[
     raise ValueError(f"rollout.stop_token_ids: {config.model.hf_path} names no end-of-sequence token; give it here")
 
 
-def check_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_model(config: Config, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> None:
     """Raises ValueError where prompts, tokenizer and model do not fit together."""
     spec = read_spec(config.model.hf_path)
-    for token in stop_token_ids(config, tokenizer):
+    for token in stops:
         if not 0 <= token < spec.vocab_size:
             raise ValueError(f"rollout.stop_token_ids: {token} is no token; the model has {spec.vocab_size}")
     longest = config.prompts.max_tokens + config.rollout.max_response_tokens
@@ -99,10 +99,10 @@ def quiet_libraries() -> None:
 def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iterator[Trainer]:
     """Everything of a run, ready to train, resumed where the run directory holds a checkpoint."""
     tokenizer = load_tokenizer(config.model.hf_path)
-    check_model(config, tokenizer)
+    stops = stop_token_ids(config, tokenizer)
+    check_model(config, tokenizer, stops)
     train_prompts, held_out = read_prompts(config, tokenizer)
     prompts_for_iteration(0, config.rollout.num_prompts, len(train_prompts), config.run.seed)  # refuses too few
-    stops = stop_token_ids(config, tokenizer)
     directory = RunDirectory(config.run.directory)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
@@ -144,7 +144,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             trainer.resume(checkpoint)
         try:
             yield trainer
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the run, a second Ctrl-C too, is on record before it goes on
             write_json(directory.exit_record, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
             raise
 
@@ -191,7 +191,8 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
     """Evaluate model.hf_path, or a checkpoint of a run of this config, on the held-out prompts."""
     version = 0 if checkpoint is None else read_trainer_state(checkpoint)["iteration"]
     tokenizer = load_tokenizer(config.model.hf_path)
-    check_model(config, tokenizer)
+    stops = stop_token_ids(config, tokenizer)
+    check_model(config, tokenizer, stops)
     prompts = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
@@ -208,7 +209,7 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
             config.evaluation,
             seed=config.run.seed,
             max_response_tokens=config.rollout.max_response_tokens,
-            stop_token_ids=stop_token_ids(config, tokenizer),
+            stop_token_ids=stops,
         )
 
 

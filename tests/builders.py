@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from reval_mcore.mcore.learner import Learner
 
 VOCABULARY = 101  # odd, so that every layout has padding
+# gradients as the loss gives them, weights that stay: the step is far below what changes an fp32 weight
+FROZEN = {"lr": 1e-30, "clip_grad": 0.0}
 
 # ---------------------------------------------------------------- models
 

@@ -127,7 +127,8 @@ def _mark_shards(model: GPTModel, spec: ModelSpec) -> None:
 
 
 def wrap_precision(model: GPTModel) -> torch.nn.Module:
-    """bf16 weights and activations where the config says so; logits leave the last stage in fp32."""
+    """bf16 weights and activations where the config says so. Logits leave the last stage as fp32 tensors, which hold
+    what the head's bf16 GEMM has rounded."""
     return Float16Module(model.config, model) if model.config.bf16 else model
 
 

@@ -16,6 +16,7 @@ from reval_mcore.mcore.packing import pack
 from reval_mcore.objectives import shape_rewards
 from reval_mcore.records import Scores
 from tests.builders import (
+    FROZEN,
     VOCABULARY,
     dense_batch_scores,
     dense_loss,
@@ -40,10 +41,6 @@ from tests.builders import (
 
 if TYPE_CHECKING:
     from reval_mcore.mcore.topology import Topology
-
-# gradients as the loss gives them, weights that stay: the step is far below what changes an fp32 weight
-FROZEN = {"lr": 1e-30, "clip_grad": 0.0}
-
 
 # ---------------------------------------------------------------- scores and gradients
 

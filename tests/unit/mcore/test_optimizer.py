@@ -17,6 +17,7 @@ from reval_mcore.mcore.learner import Learner
 from reval_mcore.objectives import make_objective
 from reval_mcore.records import Batch, Objective, ObjectiveOutput
 from tests.builders import (
+    FROZEN,
     exported,
     learner_gradients,
     learner_weights,
@@ -31,8 +32,6 @@ from tests.builders import (
 
 if TYPE_CHECKING:
     from reval_mcore.mcore.topology import Topology
-
-FROZEN = {"lr": 1e-30, "clip_grad": 0.0}
 
 
 def gradients_now(learner: Learner, batch: Batch, topology: Topology, hf_path: Path) -> dict[str, torch.Tensor]:

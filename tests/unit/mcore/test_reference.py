@@ -20,6 +20,7 @@ from reval_mcore.mcore.packing import pack
 from reval_mcore.objectives import make_objective, make_targets, shape_rewards
 from reval_mcore.records import Batch, Scores
 from tests.builders import (
+    FROZEN,
     dense_batch_scores,
     learner_weights,
     make_batch,
@@ -35,10 +36,6 @@ from tests.builders import (
 
 if TYPE_CHECKING:
     from reval_mcore.mcore.topology import Topology
-
-# gradients as the loss gives them, weights that stay: the step is far below what changes an fp32 weight
-FROZEN = {"lr": 1e-30, "clip_grad": 0.0}
-
 
 # ---------------------------------------------------------------- calibration
 
