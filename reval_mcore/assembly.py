@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import logging
 import sys
+import traceback
 import warnings
 import zlib
 from collections.abc import Collection, Iterator
@@ -13,6 +16,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config
 from reval_mcore.control import StopSignals
@@ -35,9 +39,11 @@ from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.replay.shards import ShardName, ShardWriter
 from reval_mcore.rollout.embedded import EmbeddedEngine
 from reval_mcore.rollout.engine import RolloutEngine
-from reval_mcore.run_directory import WEIGHTS, RunDirectory, read_trainer_state
+from reval_mcore.run_directory import WEIGHTS, Found, RunDirectory, read_trainer_state, versions
 from reval_mcore.trainer import Trainer
 from reval_mcore.verifiers import VerifierPool
+
+logger = logging.getLogger(__name__)
 
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
@@ -108,7 +114,8 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         topology = stack.enter_context(open_topology())
         if torch.distributed.get_world_size() > 1:
             raise ValueError("reval train runs in one process so far; start it without torchrun")
-        checkpoint = directory.open(config, inputs=_input_hashes(config, tokenizer), allow_changed=allow_changed)
+        found = directory.open(config, inputs=_input_hashes(config, tokenizer), allow_changed=allow_changed)
+        stack.enter_context(_log_to(directory.begin_attempt(), found))
         learner = Learner(config, topology)
         engine = _make_engine(config, topology)
         stack.callback(engine.close)
@@ -125,8 +132,10 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         )
         answerer = Answerer(engine, tokenizer, verifier)
         collector = Collector(config, train_prompts, answerer, writer, stops)
-        metrics = _open_metrics(config, directory, checkpoint)
+        metrics = _open_metrics(config, directory, found)
         stack.callback(metrics.close)
+        checkpoints = Checkpoints(config.checkpoint, directory, learner=learner, replay=replay)
+        stack.callback(checkpoints.abandon)
         trainer = Trainer(
             config,
             learner=learner,
@@ -137,16 +146,44 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             held_out=held_out,
             stop_token_ids=stops,
             directory=directory,
+            checkpoints=checkpoints,
             metrics=metrics,
             stop=stack.enter_context(StopSignals()),
         )
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
+        if found is not None:
+            trainer.resume(found)
         try:
             yield trainer
         except BaseException as error:  # whatever ends the run, a second Ctrl-C too, is on record before it goes on
-            write_json(directory.exit_record, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
+            with contextlib.suppress(OSError):  # a full disk may be the reason
+                write_json(directory.exit_record, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
             raise
+
+
+@contextlib.contextmanager
+def _log_to(attempt: Path, found: Found | None) -> Iterator[None]:
+    """What this process has to say of the run goes to a file as well, tracebacks and crashes of libraries too."""
+    root = logging.getLogger("reval_mcore")
+    path = attempt / "trainer.log"
+    with path.open("w", encoding="utf-8") as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        faulthandler.enable(file)
+        start = "from the first iteration" if found is None else f"going on from {found.checkpoint}"
+        logger.info("%s, with %s", start, versions())
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk may be the reason
+                traceback.print_exc(file=file)
+                file.flush()
+            error.add_note(f"the log of this attempt: {path}")
+            raise
+        finally:
+            faulthandler.disable()
+            root.removeHandler(handler)
 
 
 def _input_hashes(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -169,9 +206,9 @@ def _make_engine(config: Config, topology: Topology) -> RolloutEngine:
     )
 
 
-def _open_metrics(config: Config, directory: RunDirectory, checkpoint: Path | None) -> MetricsWriter:
+def _open_metrics(config: Config, directory: RunDirectory, found: Found | None) -> MetricsWriter:
     """Where a run resumes, the lines and events of the abandoned future are cut first."""
-    first_iteration = 0 if checkpoint is None else read_trainer_state(checkpoint)["iteration"]
+    first_iteration = 0 if found is None else read_trainer_state(found.checkpoint)["iteration"]
     directory.cut_metrics(first_iteration)
     return MetricsWriter(
         directory.path,

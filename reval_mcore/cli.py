@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,12 +62,36 @@ class UserError(Exception):
     """Something that the user can mend; the message says what and how."""
 
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "part of this path is a file; check it",
+    errno.EEXIST: "something else is there already; give another path",
+    errno.EISDIR: "a directory; give a file",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EROFS: "give a path on another filesystem",
+    **dict.fromkeys(_NO_SPACE, "make room"),
+}
+
+
+def _explain(error: OSError) -> str:
+    """An error of the operating system in the words of the others: place, what is wrong, remedy."""
+    if error.errno is None:  # a library's own, in words
+        return str(error)
+    place = f"{error.filename}: " if error.filename is not None else ""
+    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+    return f"{place}{error.strerror}{remedy}"
+
+
 @contextlib.contextmanager
 def _blame_user() -> Iterator[None]:
     """Within it, a ValueError or OSError is about what the user gave: a setting, a file, a directory."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(_explain(error)) from error
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 
@@ -77,7 +104,14 @@ def _train(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         with _blame_user():  # what is wrong before the first iteration is the user's; later, it is ours
             trainer = stack.enter_context(open_trainer(config, allow_changed=arguments.allow_changed))
-        reason = trainer.run()
+        try:
+            reason = trainer.run()
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise UserError(
+                f"{_explain(error)}, then give the same command again: it goes on from the last checkpoint"
+            ) from error
     if reason == "finished":
         print(f"finished; {config.run.directory}/summary.json has the figures")
     else:
@@ -123,8 +157,16 @@ def _report(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for an error of the user, told in one message. Ours are tracebacks, with status 1."""
     arguments = _parser().parse_args(argv)
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[console])
     try:
         arguments.execute(arguments)
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print(f"reval {arguments.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except UserError as error:
         if arguments.debug:
             raise

@@ -1,27 +1,33 @@
 """Prompts -> engine -> verifier -> groups -> one shard. Inline, called by the trainer between updates.
 
-A group is the N responses to one prompt; its reward statistics are taken here, once, and stored with each member.
+A group is the N responses to one prompt; its reward statistics are taken here, once, and stored with each member. What
+is reported of an iteration is taken from its trajectories, so that a shard which was there already reports the same.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from reval_mcore.config import Config
 from reval_mcore.prompts import prompts_for_iteration
 from reval_mcore.randomness import generator, stream_key
-from reval_mcore.records import Prompt, Trajectory
-from reval_mcore.replay.shards import ShardWriter
+from reval_mcore.records import Prompt, Trajectory, VerdictReason
+from reval_mcore.replay.shards import CorruptShardError, ShardWriter, read_trajectories
 from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, RolloutEngine, SamplingParams
-from reval_mcore.verifiers import VERIFIER_VERSION, Verdict, VerifierPool, count_reasons
+from reval_mcore.verifiers import VERIFIER_VERSION, Verdict, VerifierPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +60,16 @@ class Answerer:
         cells = [(prompt, index) for prompt in prompts for index in range(num_responses)]
         requests = [GenerationRequest(prompt.token_ids, seed(prompt, index)) for prompt, index in cells]
         responses = self._engine.generate(requests, sampling)
-        texts = self._tokenizer.batch_decode(
-            [response.token_ids.tolist() for response in responses], skip_special_tokens=True
-        )
+        texts = self.decode([response.token_ids for response in responses])
         verdicts = self._verifier.verify([(text, cell[0].answer) for text, cell in zip(texts, cells, strict=True)])
         return [
             Answered(prompt, index, response, text, verdict)
             for (prompt, index), response, text, verdict in zip(cells, responses, texts, verdicts, strict=True)
         ]
+
+    def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
+        """Text of responses (int32 [tokens] each), without special tokens."""
+        return self._tokenizer.batch_decode([tokens.tolist() for tokens in responses], skip_special_tokens=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,7 @@ class Collector:
         self._answerer = answerer
         self._writer = writer
         rollout = config.rollout
+        self._left_behind: dict[int, Path] = {}  # shards, by iteration
         self._sampling = SamplingParams(
             max_response_tokens=rollout.max_response_tokens,
             stop_token_ids=stop_token_ids,
@@ -99,10 +108,46 @@ class Collector:
 
     def collect(self, iteration: int) -> Collected:
         """Generate, judge and write the trajectories of one iteration; a function of (seed, iteration, weights)."""
+        if iteration in self._left_behind:
+            path = self._left_behind.pop(iteration)
+            shard, trajectories = path.name, read_trajectories(path)
+        else:
+            trajectories = self._generate(iteration)
+            shard = self._writer.write(trajectories)
+        size = self._config.rollout.num_responses
+        samples = self._as_text(trajectories[::size][: self._config.logging.num_text_samples])
+        return Collected(shard, _response_metrics(trajectories), samples)
+
+    def take_over(self, directory: Path, shards: Sequence[str]) -> list[str]:
+        """Use these shards for the iterations that they are of, instead of generating again; returns those of use.
+
+        They are what an earlier attempt at this run wrote after its last checkpoint. Of use is a shard that can be read
+        and holds just the trajectories of one iteration.
+        """
+        for name in shards:
+            try:
+                trajectories = read_trajectories(directory / name)
+            except CorruptShardError as error:
+                logger.warning("replay shard %s of an earlier attempt is made again: %s", name, error)
+                continue
+            number = trajectories[0].trajectory_id.partition("-")[0]
+            if number.isdecimal() and [t.trajectory_id for t in trajectories] == self._trajectory_ids(int(number)):
+                self._left_behind.setdefault(int(number), directory / name)
+        return [path.name for path in self._left_behind.values()]
+
+    def _block(self, iteration: int) -> list[Prompt]:
+        config = self._config
+        block = prompts_for_iteration(iteration, config.rollout.num_prompts, len(self._prompts), config.run.seed)
+        return [self._prompts[i] for i in block.tolist()]
+
+    def _trajectory_ids(self, iteration: int) -> list[str]:
+        groups = [_group_id(iteration, prompt) for prompt in self._block(iteration)]
+        return [f"{group}-{index}" for group in groups for index in range(self._config.rollout.num_responses)]
+
+    def _generate(self, iteration: int) -> list[Trajectory]:
         config, seed = self._config, self._config.run.seed
-        block = prompts_for_iteration(iteration, config.rollout.num_prompts, len(self._prompts), seed)
         answered = self._answerer.answer(
-            [self._prompts[i] for i in block.tolist()],
+            self._block(iteration),
             config.rollout.num_responses,
             self._sampling,
             lambda prompt, index: stream_key(seed, "rollout", iteration, prompt.prompt_id, index),
@@ -115,10 +160,7 @@ class Collector:
         for start in range(0, len(answered), size):
             group = slice(start, start + size)
             trajectories += self._group(answered[group], judged[group], iteration)
-        shard = self._writer.write(trajectories)
-        metrics = _response_metrics(answered) | {"reward_mean": float(np.mean([t.reward for t in trajectories]))}
-        samples = tuple(_as_text(item) for item in answered[::size][: config.logging.num_text_samples])
-        return Collected(shard, metrics, samples)
+        return trajectories
 
     def _group(self, members: Sequence[Answered], judged: Sequence[Verdict | None], iteration: int) -> list[Trajectory]:
         rewards = np.array([verdict.reward for verdict in judged if verdict is not None])
@@ -144,10 +186,19 @@ class Collector:
             case _:
                 return None
 
+    def _as_text(self, trajectories: Sequence[Trajectory]) -> tuple[str, ...]:
+        prompts = {prompt.prompt_id: prompt for prompt in self._prompts}
+        chosen = [prompts[trajectory.prompt_id] for trajectory in trajectories]
+        texts = self._answerer.decode([trajectory.response_tokens for trajectory in trajectories])
+        return tuple(
+            f"{prompt.text}{text}\n[{trajectory.verdict}; truth {prompt.answer}]"
+            for prompt, text, trajectory in zip(chosen, texts, trajectories, strict=True)
+        )
+
     def _trajectory(
         self, member: Answered, verdict: Verdict | None, *, iteration: int, mean: float, std: float, group_size: int
     ) -> Trajectory:
-        group_id = f"{iteration:06d}-{member.prompt.prompt_id}"
+        group_id = _group_id(iteration, member.prompt)
         response = member.response
         return Trajectory(
             trajectory_id=f"{group_id}-{member.sample_index}",
@@ -184,19 +235,21 @@ def _permuted(judged: Sequence[Verdict | None], seed: int, iteration: int) -> li
     return dealt
 
 
-def _response_metrics(answered: Sequence[Answered]) -> dict[str, float]:
-    lengths = np.array([len(item.response.token_ids) for item in answered])
+def _group_id(iteration: int, prompt: Prompt) -> str:
+    return f"{iteration:06d}-{prompt.prompt_id}"
+
+
+def _response_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    lengths = np.array([len(trajectory.response_tokens) for trajectory in trajectories])
+    rewards = np.array([trajectory.reward for trajectory in trajectories], np.float32)  # as a shard holds them
+    reasons = Counter(trajectory.verdict for trajectory in trajectories)
     metrics = {
-        "accuracy": float(np.mean([item.verdict.reward for item in answered])),
+        "accuracy": reasons["correct"] / len(trajectories),
+        "reward_mean": float(rewards.mean(dtype=np.float64)),
         "response_tokens_mean": float(lengths.mean()),
         "response_tokens_max": float(lengths.max()),
-        "truncated_fraction": float(np.mean([item.response.finish_reason == "length" for item in answered])),
-        "num_trajectories": float(len(answered)),
+        "truncated_fraction": float(np.mean([t.finish_reason == "length" for t in trajectories])),
+        "num_trajectories": float(len(trajectories)),
         "num_response_tokens": float(lengths.sum()),
     }
-    reasons = count_reasons(item.verdict for item in answered)
-    return metrics | {f"verdict_{reason}": float(count) for reason, count in reasons.items()}
-
-
-def _as_text(item: Answered) -> str:
-    return f"{item.prompt.text}{item.text}\n[{item.verdict.reason}; truth {item.prompt.answer}]"
+    return metrics | {f"verdict_{reason}": float(reasons[reason]) for reason in get_args(VerdictReason)}

@@ -1,4 +1,4 @@
-"""Files that survive a power cut: written whole, or not there at all."""
+"""Files that survive a power cut and a full disk: written whole, or not there at all."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 
+def _not_written(path: object, error: OSError) -> OSError:
+    """The same error with the file in it: writing through a descriptor leaves the name out."""
+    return OSError(error.errno, f"not written: {error.strerror or error}", str(path))
+
+
 def fsync(path: Path) -> None:
-    """Flush a file; or, of a directory, the renames, creations and removals in it."""
+    """Flush a file; or, of a directory, the renames, creations and removals in it. Raises OSError that names it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -28,15 +36,41 @@ def crc32(path: Path) -> int:
     return value
 
 
+def append(file: FileIO, data: bytes, *, sync: bool = False) -> None:
+    """Write all of `data` at the end of `file`, or nothing; with `sync`, all of it on the disk.
+
+    `file` is opened with mode "ab" and buffering=0: a buffer would try again at closing what failed here. Raises
+    OSError that names the file, which is then as long as it was.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        rest = memoryview(data)
+        while rest:  # a disk that fills up takes the first part
+            rest = rest[file.write(rest) :]
+        if sync:
+            os.fsync(file.fileno())
+    except OSError as error:
+        file.truncate(size)
+        raise _not_written(file.name, error) from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically: temporary file, fsync, rename, fsync of the directory."""
+    """Replace a small file atomically: temporary file, fsync, rename, fsync of the directory.
+
+    Raises OSError that names `path`, and leaves no temporary file. What was at `path` is still there then, unless only
+    the last fsync failed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync(path.parent)
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        fsync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collected, Collector
 from reval_mcore.config import Config, is_due
 from reval_mcore.control import StopSignals
@@ -18,16 +18,9 @@ from reval_mcore.metrics import MetricsWriter, PhaseClock
 from reval_mcore.objectives import make_objective, make_targets
 from reval_mcore.records import Batch, Prompt, UpdateStats
 from reval_mcore.replay.buffer import ReplayBuffer
+from reval_mcore.replay.shards import SHARDS
 from reval_mcore.rollout.engine import RolloutEngine
-from reval_mcore.run_directory import (
-    REPLAY_STATE,
-    TRAINER_STATE,
-    WEIGHTS,
-    RunDirectory,
-    read_arrays,
-    read_trainer_state,
-    write_arrays,
-)
+from reval_mcore.run_directory import Found, RunDirectory
 
 _CONSOLE = {
     "collect/accuracy": "accuracy",
@@ -64,6 +57,7 @@ class Trainer:
         held_out: Sequence[Prompt],
         stop_token_ids: tuple[int, ...],
         directory: RunDirectory,
+        checkpoints: Checkpoints,
         metrics: MetricsWriter,
         stop: StopSignals,
     ) -> None:
@@ -76,6 +70,7 @@ class Trainer:
         self.held_out = held_out
         self.stop_token_ids = stop_token_ids
         self.directory = directory
+        self.checkpoints = checkpoints
         self.metrics = metrics
         self.stop = stop
         self.objective = make_objective(config.objective)
@@ -104,6 +99,7 @@ class Trainer:
             self.log(iteration, collected, mismatch, updates, evaluation)
             if is_due(config.checkpoint.interval, iteration):
                 self.save()
+            self.checkpoints.publish_if_done()
 
     # ------------------------------------------------------------ its steps
 
@@ -163,7 +159,8 @@ class Trainer:
 
     def reset_reference(self, version: int) -> None:
         """reference <- policy. Eager refresh sweeps the buffer now, while both are the same weights."""
-        self.learner.reset_reference(version)
+        with self.clock.phase("reset"):
+            self.learner.reset_reference(version)
         self.progress.num_reference_resets += 1
         if self.config.reference.refresh == "eager":
             self.score(self.replay.live_rows)
@@ -224,19 +221,10 @@ class Trainer:
         self.metrics.line(iteration, metrics, shown)
 
     def save(self) -> None:
-        """Write a checkpoint, publish it, and remove shards that no kept one needs. Nothing where there is this one."""
-        if self.directory.has_checkpoint(self.progress.iteration):
-            return
+        """A checkpoint of this moment; in the background where checkpoint.async_save says so."""
+        self.metrics.sync()  # the lines before a checkpoint must outlive a power cut too
         with self.clock.phase("checkpoint"):
-            written = self.directory.begin_checkpoint(self.progress.iteration)
-            (written / WEIGHTS).mkdir()
-            self.learner.save(written / WEIGHTS)
-            state = asdict(self.progress) | {"seconds": self.seconds(), "first_live_row": self.replay.first_live_row}
-            write_json(written / TRAINER_STATE, state)
-            write_arrays(written / REPLAY_STATE, self.replay.state_dict())
-            self.directory.publish_checkpoint(written, keep=self.config.checkpoint.keep)
-            needed = [read_trainer_state(path)["first_live_row"] for path in self.directory.kept_checkpoints()]
-            self.replay.unlink_evicted(min(needed))
+            self.checkpoints.save(self.progress.iteration, asdict(self.progress) | {"seconds": self.seconds()})
 
     def run(self) -> str:
         """Evaluate, train, evaluate, and write summary.json; or, asked to stop, leave a checkpoint to go on from.
@@ -249,20 +237,20 @@ class Trainer:
         is_stopped = self.progress.iteration < self.config.run.num_iterations
         if is_stopped or self.config.checkpoint.interval != "never":
             self.save()
+            self.checkpoints.publish()
         if not is_stopped:
             write_json(self.directory.summary, self.summary(self.evaluate()))
         reason = self.stop.reason if is_stopped and self.stop.reason is not None else "finished"
         write_json(self.directory.exit_record, {"reason": reason, "iteration": self.progress.iteration})
         return reason
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. What was collected after it is removed, and collected again with equal results."""
-        state = read_trainer_state(checkpoint)
-        del state["first_live_row"]
-        self.progress = Progress(**state)
-        self.learner.load(checkpoint / WEIGHTS)
-        self.replay.load_state_dict(read_arrays(checkpoint / REPLAY_STATE))
-        self.replay.discard_pending()
+    def resume(self, found: Found) -> None:
+        """Go on from a checkpoint. What was collected after it is used again; journal and states go back to it."""
+        self.progress = Progress(**self.checkpoints.restore(found.checkpoint))
+        used: list[str] = []
+        if not found.changes:  # under other settings they would be another run's
+            used = self.collector.take_over(self.replay.directory / SHARDS, self.replay.pending_shards())
+        self.replay.discard_pending(keep=used)
         self.publish_weights(self.progress.iteration)
 
     def seconds(self) -> dict[str, float]:

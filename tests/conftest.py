@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests.small_disk import SmallDisk, reason_to_skip
+
 if TYPE_CHECKING:
     from reval_mcore.mcore.topology import Topology
 
@@ -29,6 +31,11 @@ def _missing(marker: str) -> str | None:
     return None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # here, not beside the tests that it is for: pytest parses its command line before it finds a deeper conftest.py
+    parser.addoption("--num-kills", type=int, default=8, metavar="N", help="random moments at which a run is killed")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for marker in ("gpu", "te"):
         marked = [item for item in items if item.get_closest_marker(marker) is not None]
@@ -47,3 +54,12 @@ def topology() -> Iterator[Topology]:
     torch.set_num_threads(1)  # the same kernels, in the same order, on every machine
     with open_topology() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
+    """Where a function can fill the disk."""
+    if (reason := reason_to_skip()) is not None:
+        pytest.skip(reason)
+    with SmallDisk(tmp_path_factory.mktemp("small_disk")) as disk:
+        yield disk

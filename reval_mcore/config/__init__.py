@@ -4,7 +4,7 @@ Everything wrong is reported at once, each with its path, the value found and wh
 `reval --help` and a refused config answer at once. TOML has no null: absence is a word ("never", "none"), not a None.
 """
 
-from reval_mcore.config.changes import changed_fields, check_changes
+from reval_mcore.config.changes import Changes, changed_fields, compare_configs, compare_inputs
 from reval_mcore.config.loading import dumps, load, parse
 from reval_mcore.config.problems import MISSING, ConfigError, Problem
 from reval_mcore.config.tree import (
@@ -29,6 +29,7 @@ from reval_mcore.config.tree import (
 
 __all__ = [
     "MISSING",
+    "Changes",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -48,7 +49,8 @@ __all__ = [
     "UpdatesConfig",
     "VerifierConfig",
     "changed_fields",
-    "check_changes",
+    "compare_configs",
+    "compare_inputs",
     "dumps",
     "is_due",
     "load",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from reval_mcore.config.problems import ConfigError, Problem
@@ -11,6 +12,15 @@ from reval_mcore.config.tree import Config
 # What these decide is what is learned, or what the numbers in the buffer mean: a run that changed them midway would be
 # neither the one run nor the other. Sections, or single fields.
 _LEARNED = ("model", "prompts", "reward", "objective", "run.seed", "rollout.stop_token_ids", "verifier.permute_rewards")
+_ACCEPT = "set it back, start another run directory, or accept the change with --allow-changed {field}"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How a configuration, or what lies behind it, differs from the one that a run went on with so far."""
+
+    accepted: tuple[str, ...]  # in words
+    refused: tuple[Problem, ...]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -31,10 +41,10 @@ def changed_fields(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     return {p: (old[p], new[p]) for p in old if old[p] != new[p] and p != "run.directory"}
 
 
-def check_changes(before: Config, now: Config, *, allowed: Collection[str], source: str) -> list[str]:
-    """One line for each change that is accepted.
+def compare_configs(before: Config, now: Config, *, allowed: Collection[str]) -> Changes:
+    """`allowed` names fields that may change though they decide what is learned.
 
-    Raises ConfigError with every change of what is learned that `allowed` (dotted paths) does not name.
+    Raises ConfigError where one of them is no field.
     """
     known = dict(_flat(now.model_dump()))
     unknown = [path for path in allowed if path not in known]
@@ -42,17 +52,36 @@ def check_changes(before: Config, now: Config, *, allowed: Collection[str], sour
         raise ConfigError("command line", [Problem("--allow-changed", path, "is no field") for path in unknown])
     changes = changed_fields(before, now)
     refused = [path for path in changes if _is_learned(path) and path not in allowed]
-    if refused:
-        raise ConfigError(
-            source,
-            [
-                Problem(
-                    path,
-                    changes[path][1],
-                    f"the run was made with {changes[path][0]!r}, and this decides what is learned; set it back, start "
-                    f"another run directory, or accept the change with --allow-changed {path}",
-                )
-                for path in refused
-            ],
-        )
-    return [f"{path}: {old!r} -> {new!r}" for path, (old, new) in changes.items()]
+    return Changes(
+        accepted=tuple(f"{path}: {old!r} -> {new!r}" for path, (old, new) in changes.items() if path not in refused),
+        refused=tuple(
+            Problem(
+                path,
+                changes[path][1],
+                f"the run was made with {changes[path][0]!r}, and this decides what is learned; "
+                + _ACCEPT.format(field=path),
+            )
+            for path in refused
+        ),
+    )
+
+
+def compare_inputs(
+    before: Mapping[str, str], now: Mapping[str, str], config: Config, *, allowed: Collection[str]
+) -> Changes:
+    """The same for contents: hashes of what lies behind the settings that name files, by dotted path."""
+    values = dict(_flat(config.model_dump(mode="json")))
+    changed = [path for path in now if before.get(path) != now[path]]
+    return Changes(
+        accepted=tuple(f"{path}: other contents in {values[path]}" for path in changed if path in allowed),
+        refused=tuple(
+            Problem(
+                path,
+                values[path],
+                "holds something else than when the run began; put that back, start another run directory, or accept "
+                f"the change with --allow-changed {path}",
+            )
+            for path in changed
+            if path not in allowed
+        ),
+    )

@@ -169,6 +169,8 @@ class CheckpointConfig(Section):
     """Iterations between checkpoints; there is one after the last iteration unless this is "never"."""
     keep: PositiveInt = 2
     """Newest checkpoints kept; replay shards that one of them needs are kept with it."""
+    async_save: bool = False
+    """Write in a background process while training goes on. Takes as much host memory again as the weights on a GPU."""
 
 
 class LoggingConfig(Section):

@@ -160,9 +160,12 @@ class Learner:
         """(HF name, whole tensor), one at a time, in the parameters' dtype; collective over tensor-parallel ranks."""
         return hf_mapping.export_weights(self._model, self.spec, self.topology.groups.tp)
 
-    def save(self, directory: Path) -> None:
-        """Write policy, optimizer and reference as one megatron-core distributed checkpoint; collective."""
-        checkpoint.save(directory, self._sharded_state(is_loading=False))
+    def save(self, directory: Path, *, in_background: bool = False) -> checkpoint.PendingSave:
+        """Write policy, optimizer and reference, as they are now, as one megatron-core distributed checkpoint.
+
+        Collective. It is complete when the caller has called `finish` of what is returned.
+        """
+        return checkpoint.PendingSave(directory, self._sharded_state(is_loading=False), in_background=in_background)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, under this layout; collective."""

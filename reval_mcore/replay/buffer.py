@@ -172,9 +172,9 @@ class ReplayBuffer:
             (folder / name).unlink()
         return unlinked
 
-    def discard_pending(self) -> list[str]:
-        """Remove the files of pending shards: those of a future that was abandoned by a resume. Returns their names."""
-        names = self.pending_shards()
+    def discard_pending(self, *, keep: Collection[str] = ()) -> list[str]:
+        """Remove the files of pending shards, those of an abandoned future, but for `keep`. Returns their names."""
+        names = [name for name in self.pending_shards() if name not in keep]
         for name in names:
             (self.directory / SHARDS / name).unlink(missing_ok=True)
         return names

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reval_mcore.durable import fsync
+from reval_mcore.durable import append, fsync
 
 FORMAT_VERSION = 1
 
@@ -168,14 +168,7 @@ class Journal:
                     f"{self.path}: {size} bytes, {end} expected: another process writes to it; "
                     f"stop one of the two runs that share this directory"
                 )
-            try:
-                rest = memoryview(data)
-                while rest:  # unbuffered: nothing is left over that closing would write after the truncation
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(end)  # a torn line must not end up in the middle of the file
-                raise
+            append(file, data, sync=True)  # a torn line must not end up in the middle of the file
 
     def _cut(self, size: int) -> None:
         with self.path.open("r+b") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +119,11 @@ def _live(hf_path: Path, directory: Path, topology: Topology) -> dict[str, objec
     if topology.rank == 0:
         written.mkdir()
     dist.barrier()
-    learner.save(written)
+    pending = learner.save(written, in_background=True)
+    run_update(Learner(config, topology), NEXT_SEED, config)  # collectives of training go on meanwhile
+    while not pending.is_done():
+        time.sleep(0.01)
+    pending.finish()
     resumed = Learner(config, topology)
     resumed.load(written)
     for each in (learner, resumed):

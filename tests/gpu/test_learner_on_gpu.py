@@ -147,7 +147,7 @@ def test_updates_continue_after_save_and_load(hf_path: Path, topology: Topology,
         update(learner, scored(learner, make_batch(8, seed=seed)), config)
     written = tmp_path / "checkpoint"
     written.mkdir()
-    learner.save(written)
+    learner.save(written).finish()
     resumed = make_learner(config, topology)
     resumed.load(written)
     assert same_tensors(learner_weights(resumed), learner_weights(learner))

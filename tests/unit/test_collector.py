@@ -65,9 +65,7 @@ def verifier() -> Iterator[VerifierPool]:
         yield pool
 
 
-def collect(
-    tmp_path: Path, verifier: VerifierPool, config: Config, *, iteration: int = 0
-) -> tuple[list[Trajectory], dict[str, float], ScriptedEngine]:
+def make_collector(tmp_path: Path, verifier: VerifierPool, config: Config) -> tuple[Collector, ScriptedEngine]:
     engine = ScriptedEngine()
     writer = ShardWriter(
         tmp_path,
@@ -77,7 +75,13 @@ def collect(
         template_hash="m",
     )
     tokenizer: Any = ByteTokenizer()
-    collector = Collector(config, PROMPTS, Answerer(engine, tokenizer, verifier), writer, (STOP,))
+    return Collector(config, PROMPTS, Answerer(engine, tokenizer, verifier), writer, (STOP,)), engine
+
+
+def collect(
+    tmp_path: Path, verifier: VerifierPool, config: Config, *, iteration: int = 0
+) -> tuple[list[Trajectory], dict[str, float], ScriptedEngine]:
+    collector, engine = make_collector(tmp_path, verifier, config)
     collected = collector.collect(iteration)
     return read_trajectories(tmp_path / "shards" / collected.shard), collected.metrics, engine
 
@@ -141,3 +145,24 @@ def test_streams_are_named_by_iteration_prompt_and_sample(tmp_path: Path, verifi
     seeds = [collect(tmp_path, verifier, config(), iteration=i)[2].seeds for i in (0, 0, 1)]
     assert seeds[0] == seeds[1]
     assert not set(seeds[0]) & set(seeds[2])
+
+
+def test_shards_left_behind_are_used_and_report_the_same(tmp_path: Path, verifier: VerifierPool) -> None:
+    """Those of another iteration than asked for wait; what is no whole iteration, or damaged, is made again."""
+    first, _ = make_collector(tmp_path, verifier, config(reward={"truncation": "mask"}))
+    before = [first.collect(iteration) for iteration in (4, 5, 6)]
+    shards = tmp_path / "shards"
+    damaged = shards / before[2].shard
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    other, _ = make_collector(tmp_path, verifier, config(rollout={"num_prompts": 2, "num_responses": 4}))
+    part = other.collect(7)
+
+    resumed, engine = make_collector(tmp_path, verifier, config(reward={"truncation": "mask"}))
+    names = [each.shard for each in (*before, part)]
+    assert resumed.take_over(shards, names) == [before[0].shard, before[1].shard]
+    assert [resumed.collect(iteration) for iteration in (4, 5)] == before[:2]
+    assert engine.seeds == []
+    again = resumed.collect(6)
+    assert (again.metrics, again.samples) == (before[2].metrics, before[2].samples)
+    assert again.shard != before[2].shard
+    assert len(engine.seeds) == 12

@@ -17,7 +17,14 @@ from tests.builders import make_config
 def publish(directory: RunDirectory, iteration: int, *, keep: int = 2) -> Path:
     written = directory.begin_checkpoint(iteration)
     (written / "trainer.json").write_text(json.dumps({"iteration": iteration}))
-    return directory.publish_checkpoint(written, keep=keep)
+    (written / "weights" / "__0_0.distcp").write_bytes(bytes(range(100)))
+    return directory.publish_checkpoint(written, keep=keep, crc32s={})
+
+
+def checkpoint_found(directory: RunDirectory) -> str:
+    found = directory.open(make_config(directory.path), inputs={})
+    assert found is not None
+    return found.checkpoint.name
 
 
 def test_the_resolved_configuration_is_kept_and_loads_again(tmp_path: Path) -> None:
@@ -42,7 +49,7 @@ def test_an_unpublished_checkpoint_does_not_count_and_is_swept(tmp_path: Path) -
     directory.open(make_config(tmp_path), inputs={})
     publish(directory, 2)
     directory.begin_checkpoint(4)
-    assert directory.open(make_config(tmp_path), inputs={}) == tmp_path / "checkpoints" / "step_000002"
+    assert checkpoint_found(directory) == "step_000002"
     assert not list(directory.checkpoints.glob(".writing_*"))
 
 
@@ -54,7 +61,7 @@ def test_a_checkpoint_that_latest_does_not_reach_does_not_count(tmp_path: Path) 
     publish(directory, 6)
     (directory.checkpoints / "latest").unlink()
     (directory.checkpoints / "latest").symlink_to("step_000002")
-    assert directory.open(make_config(tmp_path), inputs={}) == directory.checkpoints / "step_000002"
+    assert checkpoint_found(directory) == "step_000002"
     assert [path.name for path in directory.kept_checkpoints()] == ["step_000002"]
     publish(directory, 4, keep=1)
     assert [path.name for path in directory.kept_checkpoints()] == ["step_000004"]
@@ -88,12 +95,28 @@ def test_a_run_that_finished_no_iteration_starts_from_an_empty_buffer(tmp_path: 
     assert not directory.replay.exists()
 
 
-def test_a_run_without_a_checkpoint_is_not_run_over(tmp_path: Path) -> None:
+def test_a_run_that_keeps_no_checkpoints_is_not_run_over(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.open(make_config(tmp_path), inputs={})
     directory.metrics.write_text('{"iteration": 0}\n')
-    with pytest.raises(ValueError, match="holds a run without a checkpoint; remove it"):
+    with pytest.raises(
+        ValueError, match=r"holds a run that kept no checkpoints .* remove it, or give another directory"
+    ):
         directory.open(make_config(tmp_path), inputs={})
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    config = make_config(tmp_path, checkpoint={"interval": 5})
+    directory.open(config, inputs={})
+    directory.metrics.write_text('{"iteration": 0}\n')
+    (directory.replay / "shards").mkdir(parents=True)
+    other = make_config(tmp_path, checkpoint={"interval": 5}, objective={"beta": 0.25})
+    with pytest.raises(ConfigError, match=r"objective\.beta = 0\.25: the run was made with 0\.5"):
+        directory.open(other, inputs={})
+    assert directory.replay.exists()
+    assert directory.open(config, inputs={}) is None
+    assert not directory.replay.exists()
 
 
 def test_metrics_are_cut_at_the_checkpoint_and_a_torn_line_goes(tmp_path: Path) -> None:
@@ -108,32 +131,56 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         read_trainer_state(tmp_path)
 
 
-def test_a_resume_that_would_learn_something_else_is_refused_field_by_field(tmp_path: Path) -> None:
+def test_everything_that_would_learn_something_else_is_refused_in_one_message(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    directory.open(make_config(tmp_path), inputs={})
+    directory.open(make_config(tmp_path), inputs={"prompts.train": "1", "model.hf_path": "2"})
     publish(directory, 2)
     other = make_config(tmp_path, objective={"beta": 0.25}, run={"seed": 5}, optimizer={"lr": 2e-3})
     with pytest.raises(ConfigError) as refused:
-        directory.open(other, inputs={})
-    assert {problem.path for problem in refused.value.problems} == {"objective.beta", "run.seed"}
+        directory.open(other, inputs={"prompts.train": "1", "model.hf_path": "3"})
+    assert {problem.path for problem in refused.value.problems} == {"objective.beta", "run.seed", "model.hf_path"}
     assert "the run was made with 0.5" in str(refused.value)
     assert "--allow-changed objective.beta" in str(refused.value)
+    assert "holds something else than when the run began" in str(refused.value)
     assert load(tmp_path / "config.toml") == make_config(tmp_path)
 
 
-def test_other_changes_are_accepted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_accepted_changes_are_said_until_a_checkpoint_holds_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the last start decides what a run is, but the checkpoint: a start may have failed right after."""
     directory = RunDirectory(tmp_path)
-    directory.open(make_config(tmp_path), inputs={})
+    directory.open(make_config(tmp_path), inputs={"model.hf_path": "1"})
     publish(directory, 2)
     other = make_config(tmp_path, objective={"beta": 0.25}, optimizer={"lr": 2e-3})
-    assert directory.open(other, inputs={}, allow_changed=["objective.beta"]) is not None
-    assert "optimizer.lr: 0.001 -> 0.002" in caplog.text
-    assert "objective.beta: 0.5 -> 0.25" in caplog.text
-    assert load(tmp_path / "config.toml") == other
+    allow = ["objective.beta", "model.hf_path"]
+    for _ in range(2):
+        caplog.clear()
+        found = directory.open(other, inputs={"model.hf_path": "2"}, allow_changed=allow)
+        assert found is not None
+        assert len(found.changes) == 3
+        for change in ("optimizer.lr: 0.001 -> 0.002", "objective.beta: 0.5 -> 0.25", "model.hf_path: other contents"):
+            assert change in caplog.text
+        assert load(tmp_path / "config.toml") == other
+    publish(directory, 4)
+    found = directory.open(other, inputs={"model.hf_path": "2"})
+    assert found is not None
+    assert found.changes == ()
+
+
+def test_other_versions_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path), inputs={})
+    written = directory.begin_checkpoint(2)
+    text = (written / "versions.json").read_text()
+    (written / "versions.json").write_text(json.dumps(json.loads(text) | {"torch": "2.6.0"}))
+    directory.publish_checkpoint(written, keep=1, crc32s={})
+    assert checkpoint_found(directory) == "step_000002"
+    assert "torch 2.6.0 -> " in caplog.text
 
 
 def damage_by_truncation(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
 
 
 def damage_by_a_flipped_bit(path: Path) -> None:
@@ -142,28 +189,17 @@ def damage_by_a_flipped_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("name", ["trainer.json", "config.toml", "manifest.json", "weights/__0_0.distcp"])
 @pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_a_flipped_bit, Path.unlink])
 def test_a_damaged_checkpoint_is_refused_by_file_and_the_one_before_it_offered(
-    tmp_path: Path, damage: Callable[[Path], None]
+    tmp_path: Path, damage: Callable[[Path], None], name: str
 ) -> None:
     directory = RunDirectory(tmp_path)
     directory.open(make_config(tmp_path), inputs={})
     publish(directory, 2)
-    damage(publish(directory, 4) / "trainer.json")
-    with pytest.raises(ValueError, match=r"step_000004: damaged \(trainer\.json\)") as refused:
+    damage(publish(directory, 4) / name)
+    with pytest.raises(ValueError, match=rf"step_000004: damaged \({name}\)") as refused:
         directory.open(make_config(tmp_path), inputs={})
     _, command = str(refused.value).split("go on from the one before it: ")
     subprocess.run(command.split(), check=True)
-    assert directory.open(make_config(tmp_path), inputs={}) == directory.checkpoints / "step_000002"
-
-
-def test_other_contents_behind_the_same_setting_are_refused(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
-    before = {"prompts.train": "1", "model.hf_path": "2"}
-    directory.open(make_config(tmp_path), inputs=before)
-    publish(directory, 2)
-    now = {"prompts.train": "1", "model.hf_path": "3"}
-    with pytest.raises(ValueError, match=r"other contents than when this run began, behind model\.hf_path;"):
-        directory.open(make_config(tmp_path), inputs=now)
-    directory.open(make_config(tmp_path), inputs=now, allow_changed=["model.hf_path"])
-    directory.open(make_config(tmp_path), inputs=now)
+    assert checkpoint_found(directory) == "step_000002"

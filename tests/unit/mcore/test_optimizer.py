@@ -247,7 +247,7 @@ def test_updates_after_save_and_load_into_fresh_objects_continue_bit_for_bit(
     learner.reset_reference(7)
     for number in range(2, 4):
         update(learner, scored(learner, make_batch(8, seed=number)), config)
-    learner.save(tmp_path)
+    learner.save(tmp_path).finish()
 
     resumed = Learner(config, topology)
     resumed.load(tmp_path)
@@ -271,7 +271,7 @@ def test_updates_after_save_and_load_into_fresh_objects_continue_bit_for_bit(
 def test_a_checkpoint_of_before_the_first_update_loads(untied: Path, topology: Topology, tmp_path: Path) -> None:
     config = make_config(untied)
     learner = Learner(config, topology)
-    learner.save(tmp_path)
+    learner.save(tmp_path).finish()
     resumed = Learner(config, topology)
     update(resumed, scored(resumed, make_batch(8, seed=9)), config)
     resumed.load(tmp_path)
@@ -289,7 +289,7 @@ def test_loading_into_a_learner_that_has_trained_restores_everything(
     config = make_config(untied, optimizer={"schedule": "cosine"})
     learner = Learner(config, topology)
     update(learner, scored(learner, make_batch(8, seed=0)), config)
-    learner.save(tmp_path)
+    learner.save(tmp_path).finish()
     reference = learner.score_reference(make_batch(6))
     first = [update(learner, scored(learner, make_batch(8, seed=number)), config).metrics for number in (1, 2)]
     learner.reset_reference(5)
@@ -306,7 +306,7 @@ def test_a_reference_that_is_the_policy_is_still_so_after_a_resume(
     learner = Learner(config, topology)
     update(learner, scored(learner, make_batch(8, seed=0)), config)
     learner.reset_reference(1)
-    learner.save(tmp_path)
+    learner.save(tmp_path).finish()
     resumed = Learner(config, topology)
     resumed.load(tmp_path)
     batch = make_batch(10)
@@ -326,7 +326,7 @@ def test_a_resumed_run_keeps_its_place_and_takes_the_new_settings(
     batch = scored(learner, make_batch(8, seed=0))
     rates = [update(learner, batch, short).metrics["learning_rate"] for _ in range(4)]
     assert rates == pytest.approx([1e-3 * (1 - n / 4) for n in range(1, 5)])
-    learner.save(tmp_path)
+    learner.save(tmp_path).finish()
     resumed = Learner(longer, topology)
     resumed.load(tmp_path)
     rates = [update(resumed, batch, longer).metrics["learning_rate"] for _ in range(3)]

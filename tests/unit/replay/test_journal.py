@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reval_mcore.replay import journal as journal_module
 from reval_mcore.replay.journal import Admit, Event, Evict, Index, Journal, Quarantine
+from tests.small_disk import SmallDisk, fill
 
 EVENTS: list[Event] = [
     Admit("a-0000-000000.parquet", 123, 4, 0),
@@ -137,12 +139,39 @@ def test_failed_append_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest
     journal.append(EVENTS[:2])
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module.os, "fsync", fail)
+        patch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match="I/O error"):
             journal.append(EVENTS[2:])
     assert path.read_bytes() == before
     journal.append(EVENTS[2:])
     assert list(Journal(path).events) == EVENTS
+
+
+def append_many(journal: Journal) -> None:
+    for row in range(200):
+        journal.append([Admit(f"a-0000-{row:06d}.parquet", row, 1, row), Evict(row)])
+
+
+def append_until_full(disk: Path) -> dict[str, Any]:
+    path = disk / "journal.jsonl"
+    journal = Journal(path)
+    ballast = fill(disk, leave_kb=4)
+    with pytest.raises(OSError) as caught:
+        append_many(journal)
+    kept = journal.position
+    assert list(Journal(path).events) == list(journal.events)
+    ballast.unlink()
+    journal.append([Admit("z-0000-000000.parquet", 0, 1, kept // 2)])
+    assert list(Journal(path).events) == list(journal.events)
+    return {"told": str(caught.value), "kept": kept}
+
+
+def test_a_full_disk_leaves_whole_appends(small_disk: SmallDisk) -> None:
+    found = small_disk.call(append_until_full, size_kb=64, timeout_s=30)
+    path = small_disk.mount_point / "journal.jsonl"
+    assert found["told"] == f"[Errno 28] not written: No space left on device: '{path}'"
+    assert found["kept"] >= 20
+    assert found["kept"] % 2 == 0  # an admission and its eviction
 
 
 def test_a_second_writer_is_noticed(path: Path) -> None:

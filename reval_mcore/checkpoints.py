@@ -1,0 +1,105 @@
+"""What a run saves, and how it comes back: weights, optimizer, reference, replay index and counters, at one moment.
+
+A checkpoint counts once `latest` points to it; until then the run is that of the one before. Deleting follows
+publishing: first old checkpoints, then the replay shards that none of the kept ones needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reval_mcore.config import CheckpointConfig
+from reval_mcore.durable import write_json
+from reval_mcore.mcore.checkpoint import PendingSave
+from reval_mcore.mcore.learner import Learner
+from reval_mcore.replay.buffer import ReplayBuffer
+from reval_mcore.run_directory import (
+    REPLAY_STATE,
+    TRAINER_STATE,
+    WEIGHTS,
+    RunDirectory,
+    read_arrays,
+    read_trainer_state,
+    write_arrays,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Unpublished:
+    iteration: int
+    directory: Path
+    weights: PendingSave
+
+
+class Checkpoints:
+    """Saves and restores a learner and a replay buffer in a run directory. At most one save is on its way."""
+
+    def __init__(
+        self, config: CheckpointConfig, directory: RunDirectory, *, learner: Learner, replay: ReplayBuffer
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._learner = learner
+        self._replay = replay
+        self._pending: _Unpublished | None = None
+
+    def save(self, iteration: int, counters: Mapping[str, Any]) -> None:
+        """Begin to save the state of this moment. In the background, `publish` completes it. Raises OSError.
+
+        Nothing happens where the state after this iteration is saved already, or on its way.
+        """
+        if self._directory.has_checkpoint(iteration) or (self._pending and self._pending.iteration == iteration):
+            return
+        self.publish()
+        written = self._directory.begin_checkpoint(iteration)
+        try:
+            write_json(written / TRAINER_STATE, {**counters, "first_live_row": self._replay.first_live_row})
+            write_arrays(written / REPLAY_STATE, self._replay.state_dict())
+            weights = self._learner.save(written / WEIGHTS, in_background=self._config.async_save)
+        except OSError:
+            shutil.rmtree(written)  # what cannot be completed must not take the space that is missing
+            raise
+        self._pending = _Unpublished(iteration, written, weights)
+        if not self._config.async_save:
+            self.publish()
+
+    def publish_if_done(self) -> None:
+        """Publish what is on its way if that takes no waiting; collective."""
+        if self._pending is not None and self._pending.weights.is_done():
+            self.publish()
+
+    def publish(self) -> None:
+        """Wait for the save that is on its way, if there is one, and make it count. Raises OSError; collective."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            crc32s = {f"{WEIGHTS}/{name}": value for name, value in pending.weights.finish().items()}
+            path = self._directory.publish_checkpoint(pending.directory, keep=self._config.keep, crc32s=crc32s)
+        except OSError:
+            shutil.rmtree(pending.directory, ignore_errors=True)
+            raise
+        needed = [read_trainer_state(path)["first_live_row"] for path in self._directory.kept_checkpoints()]
+        self._replay.unlink_evicted(min(needed))
+        logger.info("checkpoint %s", path)
+
+    def abandon(self) -> None:
+        """End a save that is on its way; for a run that ends by an error."""
+        if self._pending is not None:
+            self._pending.weights.abandon()
+            self._pending = None
+
+    def restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Bring learner and buffer back to where `checkpoint` was taken; returns the counters that `save` was given."""
+        counters = read_trainer_state(checkpoint)
+        del counters["first_live_row"]
+        self._learner.load(checkpoint / WEIGHTS)
+        self._replay.load_state_dict(read_arrays(checkpoint / REPLAY_STATE))
+        return counters
