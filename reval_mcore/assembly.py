@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import logging
 import sys
-import traceback
 import warnings
 import zlib
 from collections.abc import Collection, Iterator
@@ -20,7 +20,7 @@ from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config
 from reval_mcore.control import StopSignals
-from reval_mcore.durable import crc32, write_json
+from reval_mcore.durable import append, crc32, write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.hf_mapping import read_json, read_spec, write_directory
 from reval_mcore.mcore.learner import Learner
@@ -98,6 +98,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*is deprecated\. Please use `torch\.distributed\.", category=FutureWarning
     )
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\.", category=FutureWarning)
     warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
 
 
@@ -160,14 +161,26 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             raise
 
 
+class _LogFile(logging.Handler):
+    """A line that finds no room is not there. Nothing is written at closing, which would hide the real error."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            append(self._file, f"{self.format(record)}\n".encode(errors="replace"))
+
+
 @contextlib.contextmanager
 def _log_to(attempt: Path, found: Found | None) -> Iterator[None]:
     """What this process has to say of the run goes to a file as well, tracebacks and crashes of libraries too."""
     root = logging.getLogger("reval_mcore")
     path = attempt / "trainer.log"
-    with path.open("w", encoding="utf-8") as file:
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    with path.open("ab", buffering=0) as file:
+        handler = _LogFile(file)
         root.addHandler(handler)
         root.setLevel(logging.INFO)
         faulthandler.enable(file)
@@ -176,9 +189,7 @@ def _log_to(attempt: Path, found: Found | None) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(OSError):  # a full disk may be the reason
-                traceback.print_exc(file=file)
-                file.flush()
+            handler.emit(logger.makeRecord(__name__, logging.ERROR, "", 0, "ended", (), sys.exc_info()))
             error.add_note(f"the log of this attempt: {path}")
             raise
         finally:

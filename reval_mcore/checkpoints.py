@@ -6,9 +6,10 @@ publishing: first old checkpoints, then the replay shards that none of the kept 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ class _Unpublished:
     weights: PendingSave
 
 
+@contextlib.contextmanager
+def _whole_or_gone(written: Path) -> Iterator[None]:
+    """An OSError within it removes `written`, which must not hold the space that is missing, and names a file or it."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(written, ignore_errors=True)
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(written)) from error
+
+
 class Checkpoints:
     """Saves and restores a learner and a replay buffer in a run directory. At most one save is on its way."""
 
@@ -59,13 +70,10 @@ class Checkpoints:
             return
         self.publish()
         written = self._directory.begin_checkpoint(iteration)
-        try:
+        with _whole_or_gone(written):
             write_json(written / TRAINER_STATE, {**counters, "first_live_row": self._replay.first_live_row})
             write_arrays(written / REPLAY_STATE, self._replay.state_dict())
             weights = self._learner.save(written / WEIGHTS, in_background=self._config.async_save)
-        except OSError:
-            shutil.rmtree(written)  # what cannot be completed must not take the space that is missing
-            raise
         self._pending = _Unpublished(iteration, written, weights)
         if not self._config.async_save:
             self.publish()
@@ -80,12 +88,9 @@ class Checkpoints:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        try:
+        with _whole_or_gone(pending.directory):
             crc32s = {f"{WEIGHTS}/{name}": value for name, value in pending.weights.finish().items()}
             path = self._directory.publish_checkpoint(pending.directory, keep=self._config.keep, crc32s=crc32s)
-        except OSError:
-            shutil.rmtree(pending.directory, ignore_errors=True)
-            raise
         needed = [read_trainer_state(path)["first_live_row"] for path in self._directory.kept_checkpoints()]
         self._replay.unlink_evicted(min(needed))
         logger.info("checkpoint %s", path)
@@ -94,6 +99,7 @@ class Checkpoints:
         """End a save that is on its way; for a run that ends by an error."""
         if self._pending is not None:
             self._pending.weights.abandon()
+            shutil.rmtree(self._pending.directory, ignore_errors=True)
             self._pending = None
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ _REMEDIES = {
     errno.EACCES: "change its permissions, or give another path",
     errno.EPERM: "change its permissions, or give another path",
     errno.EROFS: "give a path on another filesystem",
-    **dict.fromkeys(_NO_SPACE, "make room"),
+    **dict.fromkeys(_NO_SPACE, "make room, then give the same command again"),
 }
 
 
@@ -110,7 +110,7 @@ def _train(arguments: argparse.Namespace) -> None:
             if error.errno not in _NO_SPACE:
                 raise
             raise UserError(
-                f"{_explain(error)}, then give the same command again: it goes on from the last checkpoint"
+                f"{_explain(error)}: it goes on from the last checkpoint, or starts over where there is none"
             ) from error
     if reason == "finished":
         print(f"finished; {config.run.directory}/summary.json has the figures")

@@ -184,10 +184,14 @@ class RunDirectory:
         """A directory to write a checkpoint into, invisible until published; what it is made with is in it already."""
         path = self.checkpoints / f".writing_{iteration:06d}"
         shutil.rmtree(path, ignore_errors=True)
-        (path / WEIGHTS).mkdir(parents=True)
-        (path / CONFIG).write_text(self._config, encoding="utf-8")
-        write_json(path / INPUTS, self._inputs)
-        write_json(path / VERSIONS, versions())
+        try:
+            (path / WEIGHTS).mkdir(parents=True)
+            write_text(path / CONFIG, self._config)
+            write_json(path / INPUTS, self._inputs)
+            write_json(path / VERSIONS, versions())
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return path
 
     def publish_checkpoint(self, written: Path, *, keep: int, crc32s: Mapping[str, int]) -> Path:

@@ -30,7 +30,10 @@ _START_LIMIT_S = 60.0
 @functools.cache
 def reason_to_skip() -> str | None:
     """Why there are no small disks here, and what to do about it; None where there are."""
-    remedy = "run as root, or allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone)"
+    remedy = (
+        "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns; in a "
+        "container, CAP_SYS_ADMIN)"
+    )
     try:
         probe = subprocess.run(
             [*_UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/tmp"],
@@ -70,18 +73,22 @@ class SmallDisk:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._end()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
+
+    def _end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def call(self, function: Callable[..., Any], *, size_kb: int, timeout_s: float, **arguments: Any) -> Any:
         """`function(mount_point, **arguments)` with a new disk there. Arguments and result travel as JSON.
 
         `function` is of a module's top level, and found again by name.
         """
+        assert self._process.poll() is None, "ended by an earlier call"
         function_path = f"{function.__module__}:{function.__name__}"
         result = self.mount_point.with_name(f"{self.mount_point.name}.result")
         result.unlink(missing_ok=True)
@@ -90,7 +97,7 @@ class SmallDisk:
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         self._wait(timeout_s)
-        answer = json.loads(result.read_text())
+        answer = json.loads(result.read_text()) if result.exists() else {"traceback": "the process died"}
         if "traceback" in answer:
             raise AssertionError(f"{function_path}:\n{answer['traceback']}\n{self._log.read_text()}")
         return answer["value"]
@@ -99,6 +106,7 @@ class SmallDisk:
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
         if not ready or self._process.stdout.readline() != b"done\n":
+            self._end()
             raise AssertionError(f"no answer in {timeout_s} s, or it ended:\n{self._log.read_text()}")
 
 
