@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,12 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
-from reval_mcore.config import Config
+from reval_mcore.config import Config, ModelConfig, read_json
 from reval_mcore.control import StopSignals
 from reval_mcore.durable import append, crc32, write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
-from reval_mcore.mcore.hf_mapping import read_json, read_spec, write_directory
+from reval_mcore.mcore.hf_mapping import ModelSpec, check_is_new, check_weights, read_spec, write_directory
 from reval_mcore.mcore.learner import Learner
+from reval_mcore.mcore.model import resolve_implementation
 from reval_mcore.mcore.topology import Topology, open_topology
 from reval_mcore.metrics import MetricsWriter
 from reval_mcore.prompts import (
@@ -46,50 +48,75 @@ from reval_mcore.verifiers import VerifierPool
 logger = logging.getLogger(__name__)
 
 
-def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts. Raises ValueError where a prompt is in both."""
-    train = load_prompts(config.prompts.train, config.prompts, tokenizer)
-    held_out = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
-    shared = overlap(train, held_out)
-    if shared:
+def check_model(config: ModelConfig) -> ModelSpec:
+    """Raises ValueError where the directory is not one of a model that can be trained here; reads no weights."""
+    spec = read_spec(config.hf_path)
+    check_weights(config.hf_path, spec)
+    resolve_implementation(config)
+    return spec
+
+
+def read_model(config: Config) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """(tokenizer, stop tokens). Raises ValueError where model, tokenizer and settings do not fit together."""
+    hf_path = config.model.hf_path
+    spec = check_model(config.model)  # before the tokenizer: transformers looks into config.json to choose its class
+    tokenizer = load_tokenizer(hf_path)
+    if len(tokenizer) > spec.vocab_size:
         raise ValueError(
-            f"prompts.held_out = {config.prompts.held_out}: {len(shared)} of its prompts are training prompts too, "
-            f"{shared[0][1].prompt_id!r} among them; remove them from one of the files"
+            f"model.hf_path = {hf_path}: its tokenizer has {len(tokenizer)} tokens, its embedding {spec.vocab_size} "
+            "rows; take tokenizer and weights from the same model"
         )
-    return train, held_out
-
-
-def stop_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """rollout.stop_token_ids, else those of generation_config.json or config.json, else the tokenizer's."""
-    if config.rollout.stop_token_ids:
-        return config.rollout.stop_token_ids
-    for name in ("generation_config.json", "config.json"):
-        path = config.model.hf_path / name
-        found = read_json(path).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    if isinstance(tokenizer.eos_token_id, int):
-        return (tokenizer.eos_token_id,)
-    raise ValueError(f"rollout.stop_token_ids: {config.model.hf_path} names no end-of-sequence token; give it here")
-
-
-def check_model(config: Config, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> None:
-    """Raises ValueError where prompts, tokenizer and model do not fit together."""
-    spec = read_spec(config.model.hf_path)
-    for token in stops:
-        if not 0 <= token < spec.vocab_size:
-            raise ValueError(f"rollout.stop_token_ids: {token} is no token; the model has {spec.vocab_size}")
+    stops = stop_token_ids(config, spec, tokenizer)
     longest = config.prompts.max_tokens + config.rollout.max_response_tokens
     if longest > spec.max_position_embeddings:
         raise ValueError(
             f"prompts.max_tokens + rollout.max_response_tokens = {longest}: more than the model's "
-            f"{spec.max_position_embeddings} positions (max_position_embeddings of {config.model.hf_path}); lower one"
+            f"{spec.max_position_embeddings} positions (max_position_embeddings in {hf_path}/config.json); lower one"
         )
-    if len(tokenizer) > spec.vocab_size:
+    return tokenizer, stops
+
+
+def stop_token_ids(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """rollout.stop_token_ids, else those of generation_config.json or config.json, else the tokenizer's.
+
+    Raises ValueError where there are none, or where one is no token.
+    """
+    place, ids = _stop_tokens(config, tokenizer)
+    for token in ids:
+        if type(token) is not int or not 0 <= token < spec.vocab_size:
+            raise ValueError(
+                f"{place} = {ids}: {token!r} is not the id of a token, these are 0 to {spec.vocab_size - 1}; mend it"
+            )
+    return tuple(ids)
+
+
+def _stop_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Any]]:
+    """(where they are from, their ids)."""
+    if config.rollout.stop_token_ids:
+        return "rollout.stop_token_ids", list(config.rollout.stop_token_ids)
+    for name in ("generation_config.json", "config.json"):
+        path = config.model.hf_path / name
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return f"{path}: eos_token_id", found if isinstance(found, list) else [found]
+    if isinstance(tokenizer.eos_token_id, int):
+        return f"{config.model.hf_path}: the tokenizer's eos_token_id", [tokenizer.eos_token_id]
+    raise ValueError(f"rollout.stop_token_ids: {config.model.hf_path} names no end-of-sequence token; give it here")
+
+
+def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts. Raises ValueError where a prompt is in both, or there are too few."""
+    train = load_prompts(config.prompts.train, config.prompts, tokenizer)
+    held_out = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
+    shared = overlap(train, held_out)
+    if shared:
+        text = shared[0][1].text
         raise ValueError(
-            f"model.hf_path = {config.model.hf_path}: its tokenizer has {len(tokenizer)} tokens, its embedding "
-            f"{spec.vocab_size} rows; tokenizer and weights do not belong together"
+            f"prompts.held_out = {config.prompts.held_out}: {len(shared)} of its {len(held_out)} prompts are training "
+            f"prompts too, {text[:60]!r} among them; remove them from one of the files"
         )
+    prompts_for_iteration(0, config.rollout.num_prompts, len(train), config.run.seed)  # refuses too few
+    return train, held_out
 
 
 def quiet_libraries() -> None:
@@ -105,11 +132,8 @@ def quiet_libraries() -> None:
 @contextlib.contextmanager
 def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iterator[Trainer]:
     """Everything of a run, ready to train, resumed where the run directory holds a checkpoint."""
-    tokenizer = load_tokenizer(config.model.hf_path)
-    stops = stop_token_ids(config, tokenizer)
-    check_model(config, tokenizer, stops)
+    tokenizer, stops = read_model(config)
     train_prompts, held_out = read_prompts(config, tokenizer)
-    prompts_for_iteration(0, config.rollout.num_prompts, len(train_prompts), config.run.seed)  # refuses too few
     directory = RunDirectory(config.run.directory)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
@@ -238,9 +262,7 @@ def _next_incarnation(replay: Path) -> int:
 def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResult:
     """Evaluate model.hf_path, or a checkpoint of a run of this config, on the held-out prompts."""
     version = 0 if checkpoint is None else read_trainer_state(checkpoint)["iteration"]
-    tokenizer = load_tokenizer(config.model.hf_path)
-    stops = stop_token_ids(config, tokenizer)
-    check_model(config, tokenizer, stops)
+    tokenizer, stops = read_model(config)
     prompts = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
@@ -264,6 +286,8 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
 def export_checkpoint(config: Config, checkpoint: Path, out: Path) -> None:
     """Write the policy of a checkpoint as a directory in Hugging Face format."""
     read_trainer_state(checkpoint)
+    check_model(config.model)
+    check_is_new(out)
     with open_topology() as topology:
         learner = Learner(config, topology)
         learner.load(checkpoint / WEIGHTS)

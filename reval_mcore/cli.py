@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import logging
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reval_mcore import __version__
-from reval_mcore.config import load
+from reval_mcore.config import check_fields, in_words, load
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example run.seed=1")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="overrides, for example run.seed=1"
+    )
 
 
 class UserError(Exception):
@@ -63,25 +66,6 @@ class UserError(Exception):
 
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REMEDIES = {
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "part of this path is a file; check it",
-    errno.EEXIST: "something else is there already; give another path",
-    errno.EISDIR: "a directory; give a file",
-    errno.EACCES: "change its permissions, or give another path",
-    errno.EPERM: "change its permissions, or give another path",
-    errno.EROFS: "give a path on another filesystem",
-    **dict.fromkeys(_NO_SPACE, "make room, then give the same command again"),
-}
-
-
-def _explain(error: OSError) -> str:
-    """An error of the operating system in the words of the others: place, what is wrong, remedy."""
-    if error.errno is None:  # a library's own, in words
-        return str(error)
-    place = f"{error.filename}: " if error.filename is not None else ""
-    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
-    return f"{place}{error.strerror}{remedy}"
 
 
 @contextlib.contextmanager
@@ -90,7 +74,7 @@ def _blame_user() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(in_words(error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -98,6 +82,7 @@ def _blame_user() -> Iterator[None]:
 def _train(arguments: argparse.Namespace) -> None:
     with _blame_user():
         config = load(arguments.config, arguments.overrides)
+        check_fields(arguments.allow_changed, config)
     from reval_mcore.assembly import open_trainer, quiet_libraries
 
     quiet_libraries()
@@ -110,7 +95,7 @@ def _train(arguments: argparse.Namespace) -> None:
             if error.errno not in _NO_SPACE:
                 raise
             raise UserError(
-                f"{_explain(error)}: it goes on from the last checkpoint, or starts over where there is none"
+                f"{in_words(error)}: it goes on from the last checkpoint, or starts over where there is none"
             ) from error
     if reason == "finished":
         print(f"finished; {config.run.directory}/summary.json has the figures")
@@ -122,7 +107,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     overrides = list(arguments.overrides)
     if arguments.hf is not None:
-        overrides.append(f"model.hf_path='{arguments.hf}'")
+        overrides.append(f"model.hf_path={json.dumps(str(arguments.hf))}")  # quoted as TOML does it too
     config = load(arguments.config, overrides)
     from reval_mcore.assembly import evaluate_weights, quiet_libraries
 
@@ -139,6 +124,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 @_blame_user()
 def _export(arguments: argparse.Namespace) -> None:
     resolved = arguments.run / "config.toml"
+    if not resolved.exists():
+        raise ValueError(f"{arguments.run}: no config.toml in it; give a run directory, for example runs/demo")
     config = load(resolved)
     from reval_mcore.assembly import export_checkpoint, quiet_libraries
 

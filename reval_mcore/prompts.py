@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reval_mcore.config import PromptsConfig
+from reval_mcore.config import PromptsConfig, check_readable, read_json
 from reval_mcore.randomness import generator
 from reval_mcore.records import Prompt
 
@@ -36,13 +36,15 @@ Message = Mapping[str, str]
 
 
 class _RowError(ValueError):
-    """What is wrong with one row: field, value, remedy."""
+    """What is wrong with one row, in words."""
 
-    def __init__(self, field: str, value: object, remedy: str) -> None:
-        shown = json.dumps(value, ensure_ascii=False, default=repr)
-        if len(shown) > _MAX_VALUE_CHARS:
-            shown = shown[:_MAX_VALUE_CHARS] + "..."
-        super().__init__(f"{field} = {shown}: {remedy}")
+
+def _wrong(field: str, value: object, remedy: str) -> _RowError:
+    return _RowError(f"{field} = {_cut(json.dumps(value, ensure_ascii=False, default=repr))}: {remedy}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_VALUE_CHARS else text[:_MAX_VALUE_CHARS] + "..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +53,35 @@ class _Row:
 
     prompt: str | Sequence[Message]
     answer: str
-    prompt_id: str
+    prompt_id: str  # as given, else a hash of the prompt
     source: str
 
 
 # ---------------------------------------------------------------- files
 
 
+def _rows_of(path: Path, config: PromptsConfig) -> Iterator[tuple[str, object]]:
+    """The rows of one of the two files; what is wrong with the file as a whole is told by the setting."""
+    try:
+        yield from _rows(path)
+    except ValueError as error:
+        raise ValueError(f"prompts.{'train' if path == config.train else 'held_out'} = {error}") from None
+
+
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
     """(where, row) of each row: "line 3" of a JSONL file, "row 3" of a Parquet file, both counted from 1."""
+    check_readable(path)
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: is not Parquet ({error}); write it again, or name a JSONL file .jsonl") from None
+        with path.open("rb") as file:
+            try:
+                table = pyarrow.parquet.read_table(file)
+            except (pyarrow.ArrowException, OSError):  # in words about magic bytes and Thrift
+                raise ValueError(
+                    f"{path}: is not Parquet, or was cut short; write it again, or name a JSONL file .jsonl"
+                ) from None
         for number, row in enumerate(table.to_pylist(), start=1):
             yield f"row {number}", row
     elif path.suffix == ".jsonl":
@@ -82,22 +96,28 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
 def _decode(row: object) -> Mapping[str, Any]:
     if isinstance(row, bytes):
         try:
-            row = json.loads(row)
-        except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-            text = row.decode(errors="replace").strip()
-            raise _RowError("line", text, f"is not JSON ({error}); write one object a line") from None
+            row = json.loads(row.strip())
+        except json.JSONDecodeError as error:
+            raise _not_json(row, f"column {error.colno}: {error.msg}") from None
+        except UnicodeDecodeError as error:
+            raise _not_json(row, f"byte 0x{row.strip()[error.start]:02x} is not UTF-8") from None
     if not isinstance(row, dict):
-        raise _RowError("line", row, 'is not an object; write {"prompt": ..., "answer": ...}')
+        raise _wrong("line", row, 'is not an object; write {"prompt": ..., "answer": ...}')
     return row
+
+
+def _not_json(line: bytes, why: str) -> _RowError:
+    text = _cut(line.decode(errors="replace").strip())
+    return _RowError(f"{text!r}: is not JSON ({why}); write one object a line")
 
 
 def _one_of(row: Mapping[str, Any], keys: Sequence[str], meaning: str) -> tuple[str, Any]:
     """The one key of `keys` that is in the row, with its value. Absent and null are the same, as in Parquet."""
     found = [key for key in keys if row.get(key) is not None]
     if not found:
-        raise _RowError(keys[0], None, f"no {meaning}; give it under {' or '.join(keys)}")
+        raise _wrong(keys[0], None, f"no {meaning}; give it under {' or '.join(keys)}")
     if len(found) > 1:
-        raise _RowError(found[1], row[found[1]], f"a second {meaning}, beside {found[0]}; keep one of them")
+        raise _wrong(found[1], row[found[1]], f"a second {meaning}, beside {found[0]}; keep one of them")
     return found[0], row[found[0]]
 
 
@@ -113,18 +133,18 @@ def _parse_row(row: Mapping[str, Any]) -> _Row:
     else:
         is_good = isinstance(prompt, list) and len(prompt) > 0 and all(_is_message(item) for item in prompt)
     if not is_good:
-        raise _RowError(key, prompt, 'give a text that is not empty, or a list of {"role": ..., "content": ...}')
+        raise _wrong(key, prompt, 'give a text that is not empty, or a list of {"role": ..., "content": ...}')
 
     truths = {**row, "reward_model.ground_truth": _section(row, "reward_model").get("ground_truth")}
     key, answer = _one_of(truths, ("answer", "label", "reward_model.ground_truth"), "true answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise _RowError(key, answer, "give the true answer as a string or a number")
+        raise _wrong(key, answer, "give the true answer as a string or a number")
 
     prompt_id = row.get("id")
     if prompt_id is None:
         prompt_id = _hash(prompt)
     elif isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int) or prompt_id == "":
-        raise _RowError("id", prompt_id, "give a string or an integer, or leave it out")
+        raise _wrong("id", prompt_id, "give a string or an integer, or leave it out")
     source = row.get("data_source") or _section(row, "metadata").get("data_source") or ""
     return _Row(prompt, str(answer).strip(), str(prompt_id), str(source))
 
@@ -145,14 +165,14 @@ def _render(row: _Row, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase
         messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else list(row.prompt)
         if config.system_prompt:
             if messages[0]["role"] == "system":
-                raise _RowError("prompt", messages[0], 'has a system message; set prompts.system_prompt = ""')
+                raise _wrong("prompt", messages[0], 'has a system message; set prompts.system_prompt = ""')
             messages.insert(0, {"role": "system", "content": config.system_prompt})
         return _apply_chat_template(messages, tokenizer)
     if isinstance(row.prompt, str):
         return row.prompt
     if len(row.prompt) == 1 and row.prompt[0]["role"] == "user":
         return row.prompt[0]["content"]
-    raise _RowError("prompt", row.prompt, 'more than one user message; set prompts.template = "chat"')
+    raise _wrong("prompt", row.prompt, 'more than one user message; set prompts.template = "chat"')
 
 
 def _apply_chat_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -163,7 +183,7 @@ def _apply_chat_template(messages: Sequence[Message], tokenizer: PreTrainedToken
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
     except jinja2.TemplateError as error:  # templates refuse roles, or their order, in words of their own
-        raise _RowError("prompt", messages, f"refused by the chat template ({error}); change the messages") from None
+        raise _wrong("prompt", messages, f"refused by the chat template ({error}); change the messages") from None
     assert isinstance(rendered, str)
     return rendered
 
@@ -178,16 +198,22 @@ def _tokenize(text: str, config: PromptsConfig, tokenizer: PreTrainedTokenizerBa
     return tuple(tokenizer.encode(text, add_special_tokens=not has_bos))
 
 
+def _has_id(row: object) -> bool:
+    return _decode(row).get("id") is not None
+
+
 def _prompt(row: object, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     parsed = _parse_row(_decode(row))
     text = _render(parsed, config, tokenizer)
     token_ids = _tokenize(text, config, tokenizer)
-    if not 0 < len(token_ids) <= config.max_tokens:
-        raise _RowError(
-            "id",
-            parsed.prompt_id,
-            f"the prompt has {len(token_ids)} tokens, prompts.max_tokens = {config.max_tokens}; "
-            "remove the row, shorten it, or raise prompts.max_tokens",
+    if not token_ids:
+        raise _wrong("prompt", parsed.prompt, "the tokenizer makes no token of it; remove the row")
+    if len(token_ids) > config.max_tokens:
+        raise _wrong(
+            "prompt",
+            parsed.prompt,
+            f"has {len(token_ids)} tokens, more than prompts.max_tokens = {config.max_tokens}; shorten or remove it, "
+            "or raise prompts.max_tokens",
         )
     return Prompt(parsed.prompt_id, text, token_ids, parsed.answer, parsed.source)
 
@@ -198,31 +224,29 @@ def load_prompts(path: Path, config: PromptsConfig, tokenizer: PreTrainedTokeniz
     Raises ValueError with all problems of the file (the first 20 in words), each with its line, value and remedy:
     rows that are not understood, prompts that are too long, and ids (or, without ids, prompts) that occur twice.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; check [prompts]")
     if config.template == "chat" and tokenizer.chat_template is None:
         raise ValueError(
-            'prompts.template = "chat": the tokenizer has no chat template; set "none", or add chat_template.jinja'
+            'prompts.template = "chat": the tokenizer has no chat template; set "none", or add chat_template.jinja to '
+            "the directory of the model"
         )
     prompts: list[Prompt] = []
     problems: list[str] = []
     first_seen: dict[str, str] = {}
-    for where, row in _rows(path):
+    for where, row in _rows_of(path, config):
         try:
             prompt = _prompt(row, config, tokenizer)
             first = first_seen.setdefault(prompt.prompt_id, where)
             if first != where:
-                raise _RowError(
-                    "id", prompt.prompt_id, f"also that of {first}; remove one, or give it an id of its own"
-                )
+                what = ("id", prompt.prompt_id) if _has_id(row) else ("prompt", prompt.text)
+                raise _wrong(*what, f"also that of {first}; remove one, or give it an id of its own")
         except _RowError as problem:
             problems.append(f"{where}: {problem}")
         else:
             prompts.append(prompt)
-    if not prompts and not problems:
-        problems.append("there is no row; write at least one")
     if problems:
         raise ValueError("\n  ".join(_summary(path, problems)))
+    if not prompts:
+        raise ValueError(f"{path}: there is no row in it; write at least one")
     return prompts
 
 
@@ -244,6 +268,7 @@ def overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[tuple[P
 
 # ---------------------------------------------------------------- tokenizers
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # what a tokenizer can be made from
 _ROUND_TRIPS = ("What is 12 + 345?  Two spaces.", r"\frac{1}{2} and \boxed{67890}", "{x | x > 0}\n[y], $z^2_1$")
 
 
@@ -257,19 +282,27 @@ def load_tokenizer(hf_path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not hf_path.is_dir():  # else it would be looked for on the Hugging Face hub
-        raise ValueError(f"model.hf_path = {str(hf_path)!r}: there is no such directory; check the path")
+        raise ValueError(f"model.hf_path = {hf_path}: there is no such directory; check the path")
+    if not any((hf_path / name).exists() for name in _VOCABULARIES):  # transformers 5 would make up an empty one
+        raise ValueError(
+            f"model.hf_path = {hf_path}: no tokenizer in it; put tokenizer.json and tokenizer_config.json of the model "
+            "there"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (hf_path / name).exists():
+            read_json(hf_path / name)  # refuses what is not JSON in words that name the file
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more special
         raise ValueError(
-            f"model.hf_path = {str(hf_path)!r}: its tokenizer does not load ({error}); "
-            "put tokenizer.json and tokenizer_config.json of the model there"
+            f"model.hf_path = {hf_path}: its tokenizer does not load (reval --debug ... shows what transformers says); "
+            "put tokenizer.json and tokenizer_config.json of the model there again"
         ) from error
     for text in _ROUND_TRIPS:
         back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
         if back != text:
             raise ValueError(
-                f"model.hf_path = {str(hf_path)!r}: loaded as {type(tokenizer).__name__}, its tokenizer turns {text!r} "
+                f"model.hf_path = {hf_path}: loaded as {type(tokenizer).__name__}, its tokenizer turns {text!r} "
                 f"into {back!r}; give files that AutoTokenizer reads back whole (for model_type qwen2: byte-level BPE)"
             )
     return tokenizer

@@ -9,22 +9,39 @@ from typing import Any
 
 import numpy as np
 
+from reval_mcore.config import check_readable, read_json
+
+_EVERYWHERE = {"iteration", "progress/reference_age"}  # keys of every record
 _INK, _FAINT, _POLICY, _HELD_OUT = "#1a1a1a", "#b8b8b8", "#2f6db5", "#c8442c"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. Raises ValueError where there is none."""
+    """The lines of metrics.jsonl. Raises ValueError where there is none, and where a line is not one of a run."""
     path = run / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{run}: no metrics.jsonl in it; give a run directory, for example runs/demo")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a run that is going on may be writing one
+    check_readable(path)
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):  # a run that is going on may be writing one
+            records.append(_record(line, f"{path}, line {number}"))
+    return records
+
+
+def _record(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:  # JSONDecodeError or UnicodeDecodeError
+        raise ValueError(f"{place}: is not JSON; remove the line") from None
+    if not isinstance(record, dict) or not record.keys() >= _EVERYWHERE:
+        raise ValueError(f"{place}: is not a record of reval train; give the run directory of one")
+    return record
 
 
 def read_summary(run: Path) -> dict[str, Any]:
     """summary.json, empty while the run is going on."""
     path = run / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from reval_mcore.config import Config, ConfigError, compare_configs, compare_inputs, dumps, load
+from reval_mcore.config import Config, ConfigError, compare_configs, compare_inputs, dumps, in_words, load
 from reval_mcore.durable import crc32, fsync, write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class RunDirectory:
         Raises ConfigError with all settings and inputs that changed and decide what is learned, unless
         `allow_changed` names them. A refused start leaves the run as it was.
         """
+        self._refuse_what_is_no_run()
         self._take_lock()
         latest = self.latest_checkpoint()
         changes: tuple[str, ...] = ()
@@ -78,17 +79,31 @@ class RunDirectory:
             self._check_restart(config, allow_changed)
         for directory in (self.checkpoints, self.exit_record.parent):
             directory.mkdir(parents=True, exist_ok=True)
-        self._sweep(latest)
         self._config, self._inputs = dumps(config), dict(inputs)
-        write_text(self.path / CONFIG, self._config)
+        write_text(self.path / CONFIG, self._config)  # before anything goes: where nothing can be written, nothing does
+        self._sweep(latest)
         return None if latest is None else Found(latest, changes)
+
+    def _refuse_what_is_no_run(self) -> None:
+        """Raises ValueError where files lie in the places of a run's, and no run: a start would sweep them away."""
+        if (self.path / CONFIG).exists():
+            return
+        places = (self.checkpoints, self.replay, self.metrics, self.summary)
+        found = next((path for place in places for path in (place, *place.rglob("*")) if path.is_file()), None)
+        if found is not None:
+            raise ValueError(
+                f"run.directory = {self.path}: holds {found.relative_to(self.path)} and no run; give a new directory"
+            )
 
     def _take_lock(self) -> None:
         """Keep other processes out for as long as this one lives. Raises ValueError where one is at work here."""
         if self._lock is not None:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(f"run.directory = {in_words(error)}") from None
         deadline = time.monotonic() + _LOCK_PATIENCE_S
         while True:
             try:

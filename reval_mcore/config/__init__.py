@@ -4,7 +4,8 @@ Everything wrong is reported at once, each with its path, the value found and wh
 `reval --help` and a refused config answer at once. TOML has no null: absence is a word ("never", "none"), not a None.
 """
 
-from reval_mcore.config.changes import Changes, changed_fields, compare_configs, compare_inputs
+from reval_mcore.config.changes import Changes, changed_fields, check_fields, compare_configs, compare_inputs
+from reval_mcore.config.files import check_readable, in_words, read_json
 from reval_mcore.config.loading import dumps, load, parse
 from reval_mcore.config.problems import MISSING, ConfigError, Problem
 from reval_mcore.config.tree import (
@@ -49,10 +50,14 @@ __all__ = [
     "UpdatesConfig",
     "VerifierConfig",
     "changed_fields",
+    "check_fields",
+    "check_readable",
     "compare_configs",
     "compare_inputs",
     "dumps",
+    "in_words",
     "is_due",
     "load",
     "parse",
+    "read_json",
 ]

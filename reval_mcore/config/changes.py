@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,22 @@ def _is_learned(path: str) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in _LEARNED)
 
 
+def check_fields(allowed: Collection[str], config: Config) -> None:
+    """Raises ConfigError where a name given with --allow-changed is no field."""
+    known = [path for path, _ in _flat(config.model_dump())]
+    problems = []
+    for name in allowed:
+        below = [path for path in known if path.startswith(f"{name}.")]
+        near = difflib.get_close_matches(name, known, n=1)
+        if below:
+            problems.append(Problem("--allow-changed", name, f"a section; name the fields, as in {below[0]}"))
+        elif name not in known:
+            hint = f"did you mean {near[0]}?" if near else "give section.key"
+            problems.append(Problem("--allow-changed", name, f"is no field; {hint}"))
+    if problems:
+        raise ConfigError("command line", problems)
+
+
 def changed_fields(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """(old, new) value by dotted path, of the fields that differ. The run directory may have moved; it is left out."""
     old, new = (dict(_flat(config.model_dump(mode="json"))) for config in (before, now))
@@ -46,10 +63,7 @@ def compare_configs(before: Config, now: Config, *, allowed: Collection[str]) ->
 
     Raises ConfigError where one of them is no field.
     """
-    known = dict(_flat(now.model_dump()))
-    unknown = [path for path in allowed if path not in known]
-    if unknown:
-        raise ConfigError("command line", [Problem("--allow-changed", path, "is no field") for path in unknown])
+    check_fields(allowed, now)
     changes = changed_fields(before, now)
     refused = [path for path in changes if _is_learned(path) and path not in allowed]
     return Changes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from reval_mcore.config.checks import CHECKS
+from reval_mcore.config.files import read_text
 from reval_mcore.config.problems import MISSING, ConfigError, Problem, problem_of
 from reval_mcore.config.tree import Config, Section
 
@@ -50,24 +52,31 @@ def parse(raw: Mapping[str, Any], source: str) -> Config:
 
 
 def _read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    resolved = path.resolve()
-    if resolved in seen:
-        chain = " -> ".join(str(item) for item in (*seen, resolved))
-        raise ConfigError(str(path), [Problem("extends", str(path), f"extends itself ({chain}); break the circle")])
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(str(path), [Problem("file", str(path), "there is no such file; check the path")]) from None
-    except IsADirectoryError:
-        raise ConfigError(str(path), [Problem("file", str(path), "not a file; give a TOML file")]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [Problem("file", str(path), f"is not TOML: {error}")]) from None
+    raw = _parse_toml(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
     if not isinstance(base, str):
         raise ConfigError(str(path), [Problem("extends", base, "not a path; give a string, relative to this file")])
-    return _merge(_read_toml(path.parent / base, (*seen, resolved)), raw)
+    below, chain = path.parent / base, (*seen, path.resolve())
+    if below.resolve() in chain:
+        circle = " -> ".join(str(item) for item in (*chain, below.resolve()))
+        raise ConfigError(str(path), [Problem("extends", base, f"extends itself ({circle}); break the circle")])
+    if not below.exists():
+        raise ConfigError(str(path), [Problem("extends", base, f"there is no such file ({below}); check the path")])
+    return _merge(_read_toml(below, chain), raw)
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        number = re.search(r"line (\d+)", str(error))
+        line = repr(text.splitlines()[int(number[1]) - 1].strip()) if number is not None else "the last line"
+        raise ValueError(
+            f"{path}: is not TOML: {error}; mend {line} (sections are [name], strings stand in quotes)"
+        ) from None
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +104,8 @@ def _parse_override(text: str) -> dict[str, Any]:
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, the files that it extends, then `section.key=value` overrides; later ones win.
 
-    Raises ConfigError (a ValueError) with all problems.
+    Raises ConfigError (a ValueError) with all problems, and ValueError where there is nothing to check yet: a file that
+    is not there, or is not TOML.
     """
     raw = _read_toml(path)
     for override in overrides:

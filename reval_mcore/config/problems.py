@@ -44,11 +44,22 @@ class ConfigError(ValueError):
         super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
 
 
+_MAX_VALUE_CHARS = 200  # a list of every prompt's id in the wrong place need not fill the screen
+
+
 def _toml(value: object) -> str:
+    """The value as one line of TOML, cut where it is very long."""
+    text = _inline(value)
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}..."
+
+
+def _inline(value: object) -> str:
     if isinstance(value, Path):
         value = str(value)
-    if isinstance(value, tuple):
-        value = list(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {_inline(item)}' for key, item in value.items())}}}"
     try:
         return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
     except TypeError:

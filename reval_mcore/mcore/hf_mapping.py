@@ -8,20 +8,23 @@ are cut along dimension 1; embedding and output layer along the vocabulary, zero
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from reval_mcore.config import in_words, read_json
+from reval_mcore.mcore.weight_files import TensorFile, WeightFiles
+
 VOCABULARY_MULTIPLE = 128  # rows of embedding and output layer, per tensor-parallel rank
+_MAX_PROBLEMS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -65,66 +68,92 @@ class ModelSpec:
 
 def read_spec(directory: Path) -> ModelSpec:
     """The spec of a directory in HF format. Raises ValueError naming field, value and remedy."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(f"model.hf_path = {directory}: no config.json in it; give a directory in Hugging Face format")
+    path = _config_json(directory)
     raw = read_json(path)
+
+    def refuse(key: str, remedy: str) -> NoReturn:
+        raise ValueError(f"{path}: {key} = {raw[key]!r}: {remedy}")
 
     def need(key: str) -> Any:
         if raw.get(key) is None:
             raise ValueError(f"{path}: {key} is missing; it cannot be guessed, add it")
         return raw[key]
 
-    def refuse_unless(key: str, allowed: object) -> None:
-        if key in raw and raw[key] != allowed:
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported; only {allowed!r} is")
+    def need_size(key: str) -> int:
+        value = need(key)
+        if type(value) is not int or value <= 0:
+            refuse(key, "give a whole number > 0")
+        return value
 
-    if need("model_type") not in FAMILIES:
-        raise ValueError(f"{path}: model_type = {raw['model_type']!r} is not supported; known: {', '.join(FAMILIES)}")
-    refuse_unless("hidden_act", "silu")
-    refuse_unless("use_sliding_window", False)
-    refuse_unless("attention_dropout", 0.0)
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    if need("model_type") not in tuple(FAMILIES):
+        refuse("model_type", f"is not supported; give a model of type {' or '.join(FAMILIES)}")
+    for key, only in (("hidden_act", "silu"), ("use_sliding_window", False), ("attention_dropout", 0.0)):
+        if raw.get(key, only) != only:
+            refuse(key, f"is not supported; give a model with {only!r}")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config: quantized weights cannot be trained; give the model without")
+    heads, groups, hidden = (need_size(x) for x in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if heads % groups:
+        refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}; mend the one that is wrong")
+    if raw.get("head_dim") is None and hidden % heads:
+        refuse("num_attention_heads", f"does not divide hidden_size = {hidden}; mend one, or add head_dim")
+    epsilon, tied = need("rms_norm_eps"), need("tie_word_embeddings")
+    if not isinstance(epsilon, float) or epsilon <= 0:
+        refuse("rms_norm_eps", "give a number > 0, such as 1e-06")
+    if not isinstance(tied, bool):
+        refuse("tie_word_embeddings", "give true or false")
     return ModelSpec(
         model_type=raw["model_type"],
-        num_layers=need("num_hidden_layers"),
+        num_layers=need_size("num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=need("intermediate_size"),
+        ffn_hidden_size=need_size("intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=need("num_key_value_heads"),
-        kv_channels=raw.get("head_dim") or hidden // heads,
-        vocab_size=need("vocab_size"),
-        max_position_embeddings=need("max_position_embeddings"),
-        norm_epsilon=need("rms_norm_eps"),
+        num_query_groups=groups,
+        kv_channels=hidden // heads if raw.get("head_dim") is None else need_size("head_dim"),
+        vocab_size=need_size("vocab_size"),
+        max_position_embeddings=need_size("max_position_embeddings"),
+        norm_epsilon=epsilon,
         rope_theta=_rope_theta(raw, path),
-        tied_embeddings=bool(need("tie_word_embeddings")),
+        tied_embeddings=tied,
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where the file holds something else."""
+def _config_json(directory: Path) -> Path:
+    """Its path. Raises ValueError where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-        raise ValueError(f"{path}: is not JSON ({error}); the file is damaged, fetch it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: is JSON but no object; the file is damaged, fetch it again")
-    return value
+        names = {path.name for path in directory.iterdir()}
+    except FileNotFoundError:
+        raise ValueError(
+            f"model.hf_path = {directory}: there is no such directory; check the path, or get the model with "
+            "hf download NAME --local-dir DIR"
+        ) from None
+    except NotADirectoryError:
+        raise ValueError(f"model.hf_path = {directory}: is no directory; give the one that config.json is in") from None
+    except OSError as error:
+        raise ValueError(f"model.hf_path = {in_words(error)}") from None
+    if "config.json" not in names:
+        raise ValueError(f"model.hf_path = {directory}: no config.json in it; give a directory in Hugging Face format")
+    return directory / "config.json"
 
 
-def _rope_theta(raw: dict[str, Any], path: Path) -> float:
+def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
     """From `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (transformers 4).
 
     transformers 4 reads a version 5 file as theta = 10000 without a message, so there is no default here.
     """
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} = {raw[key]!r}: is no object; the file is damaged, fetch it again")
     parameters = raw.get("rope_parameters") or {}
     theta = parameters.get("rope_theta", raw.get("rope_theta"))
     if theta is None:
         raise ValueError(f"{path}: neither rope_theta nor rope_parameters.rope_theta is there; add one")
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise ValueError(f"{path}: rope_theta = {theta!r}: give a number > 0")
     scaling = parameters or raw.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
-        raise ValueError(f'{path}: rope type {kind!r} is not supported; only "default" is')
+        raise ValueError(f"{path}: rope_type = {kind!r}: is not supported; give a model with 'default'")
     return float(theta)
 
 
@@ -176,17 +205,6 @@ def global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramet
 
 
 # ---------------------------------------------------------------- layouts
-
-
-class TensorFile:
-    """A tensor in a safetensors file, read slice by slice: [a:b], [:, a:b] or [:] give tensors."""
-
-    def __init__(self, handle: Any, name: str) -> None:
-        self._slice = handle.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._slice[index]
 
 
 Source = torch.Tensor | TensorFile
@@ -253,53 +271,67 @@ def check_layout(spec: ModelSpec, *, tensor_model_parallel_size: int) -> None:
 # ---------------------------------------------------------------- reading and writing
 
 
-class CheckpointReader:
-    """The safetensors files of an HF directory, opened on demand."""
+def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The tensors that a directory in HF format must have."""
+    hidden, ffn, head = spec.hidden_size, spec.ffn_hidden_size, spec.kv_channels
+    query, key = spec.num_attention_heads * head, spec.num_query_groups * head
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.k_proj.weight": (key, hidden),
+        "self_attn.v_proj.weight": (key, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    if spec.family.qkv_bias:
+        layer |= {f"self_attn.{x}_proj.bias": (rows,) for x, rows in (("q", query), ("k", key), ("v", key))}
+    if spec.family.qk_layernorm:
+        layer |= {f"self_attn.{x}_norm.weight": (head,) for x in "qk"}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
+    for number in range(spec.num_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes if spec.tied_embeddings else shapes | {"lm_head.weight": (spec.vocab_size, hidden)}
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._handles: dict[str, Any] = {}
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            self._files: dict[str, str] = read_json(index)["weight_map"]
-        else:
-            self._files = {}
-            for path in sorted(directory.glob("*.safetensors")):
-                self._files.update(dict.fromkeys(self._open(path.name).keys(), path.name))
-        if not self._files:
-            raise ValueError(f"{directory}: no *.safetensors in it; give a directory in Hugging Face format")
 
-    @property
-    def names(self) -> set[str]:
-        return set(self._files)
+def check_weights(directory: Path, spec: ModelSpec) -> None:
+    """Raises ValueError with all that does not fit the spec, from the headers of the files alone.
 
-    def __getitem__(self, name: str) -> TensorFile:
-        if name not in self._files:
-            raise ValueError(f"{self._directory}: tensor {name} is missing; the checkpoint is not complete")
-        return TensorFile(self._open(self._files[name]), name)
-
-    def _open(self, file: str) -> Any:
-        if file not in self._handles:
-            path = self._directory / file
-            try:
-                self._handles[file] = safe_open(path, framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path}: cannot be read ({error}); the checkpoint is not whole") from None
-        return self._handles[file]
+    A tensor too many is refused as well: where config.json has fewer layers than the weights, all the others fit.
+    """
+    reader, shapes = WeightFiles(directory), hf_shapes(spec)
+    problems: list[str] = []
+    for name, shape in shapes.items():
+        if name not in reader:
+            problems.append(f"{name}: is missing")
+        elif reader[name].shape != shape:
+            problems.append(f"{name}: has shape {list(reader[name].shape)}, config.json asks for {list(shape)}")
+        elif reader[name].dtype not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name}: is of type {reader[name].dtype}; F32, F16 and BF16 can be trained")
+    # some writers save these though nobody reads them
+    unread = {"lm_head.weight"} | {name for name in reader if name.endswith(".rotary_emb.inv_freq")}
+    problems += [f"{name}: config.json has no place for it" for name in sorted({*reader} - {*shapes} - unread)]
+    if problems:
+        more = [f"... and {len(problems) - _MAX_PROBLEMS_SHOWN} more"] if len(problems) > _MAX_PROBLEMS_SHOWN else []
+        start = f"{directory}: the weights do not fit config.json; fetch both again, from the same model"
+        raise ValueError("\n  ".join([start, *problems[:_MAX_PROBLEMS_SHOWN], *more]))
 
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, directory: Path, spec: ModelSpec, *, tp_size: int, tp_rank: int) -> None:
-    """Fill this rank's parameters from an HF directory, reading only the slices that it holds."""
-    reader = CheckpointReader(directory)
+    """Fill this rank's parameters from an HF directory, reading only the slices that it holds.
+
+    Raises ValueError where weights and spec do not fit: see `check_weights`.
+    """
+    check_weights(directory, spec)
+    reader = WeightFiles(directory)
     for name, parameter in global_names(model):
         layout, sources = hf_names(name, spec)
         shard = to_shard(layout, [reader[source] for source in sources], spec, tp_size=tp_size, tp_rank=tp_rank)
-        if shard.shape != parameter.shape:
-            raise ValueError(
-                f"{directory}: {', '.join(sources)} give shape {tuple(shard.shape)} for {name}, the model needs "
-                f"{tuple(parameter.shape)}; config.json and the weights do not belong together"
-            )
+        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
         parameter.copy_(shard)
 
 
@@ -307,20 +339,29 @@ def load_weights(model: torch.nn.Module, directory: Path, spec: ModelSpec, *, tp
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
+def check_is_new(directory: Path) -> None:
+    """Raises ValueError where something is in it already, OSError where it is no directory."""
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: is not empty; give a new directory")
+
+
 def write_directory(directory: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], *, companions: Path) -> None:
     """A directory in HF format: these weights, with configuration and tokenizer copied from `companions`.
 
-    Raises ValueError where something is in the way.
+    The weights come last: where they are, all is. Raises ValueError or OSError where the directory cannot be written.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory}: is not empty; give a new directory")
+    check_is_new(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     for pattern in _COMPANIONS:
-        for path in companions.glob(pattern):
+        for path in sorted(companions.glob(pattern)):
             if not path.name.endswith(".safetensors.index.json"):
                 shutil.copy(path, directory / path.name)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors}
+    path = directory / "model.safetensors"
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be written ({error}); make room, or give another directory") from None
 
 
 @torch.no_grad()

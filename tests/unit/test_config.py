@@ -1,6 +1,7 @@
 """The configuration: everything wrong is said at once, files build on files, what is written reads back."""
 
 import copy
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from reval_mcore.config import Config, ConfigError, dumps, is_due, load, parse
+from reval_mcore.config import Config, ConfigError, check_fields, dumps, in_words, is_due, load, parse, read_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("**/*.toml"))
@@ -173,18 +174,62 @@ def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ValueError, match=r"absent\.toml: there is no such file; check the path"):
         load(tmp_path / "absent.toml")
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r'a\.toml: 1 problem\n  extends = "absent\.toml": there is no such file'):
         load(write(tmp_path / "a.toml", MINIMAL, "absent.toml"))
-    with pytest.raises(ConfigError, match="not a file"):
+    with pytest.raises(ValueError, match="Is a directory; give a file"):
         load(tmp_path)
-    (tmp_path / "bad.toml").write_text("[run\n")
-    with pytest.raises(ConfigError, match="is not TOML"):
-        load(tmp_path / "bad.toml")
     (tmp_path / "number.toml").write_text("extends = 3\n")
     with pytest.raises(ConfigError, match="extends = 3"):
         load(tmp_path / "number.toml")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[run]\nseed = one\n", r"at line 2, column 8\); mend 'seed = one'"),
+        (b"[run]\nseed =", r"at end of document\); mend the last line"),
+        (b"[run]\n# \xff\n", r"is not UTF-8 \(byte 0xff in line 2\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+    ],
+)
+def test_files_that_are_not_toml_are_refused_by_line(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "bad.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        load(tmp_path / "bad.toml")
+
+
+def test_values_are_shown_in_one_line_and_cut() -> None:
+    found = problems_of(changed(run__seed=[1, {"a": "b", "c": True}], run__more={"a": [1]}, run__directory=["x" * 999]))
+    assert found["run.seed"].startswith('run.seed = [1, {a = "b", c = true}]: ')
+    assert found["run.more"].startswith("run.more = {a = [1]}: ")
+    assert len(found["run.directory"]) < 300
+
+
+def test_errors_of_the_operating_system_in_words() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/a")
+    assert in_words(full) == "runs/a: No space left on device; make room, then give the same command again"
+    assert in_words(OSError(errno.EIO, "Input/output error", "runs/a")) == "runs/a: Input/output error"
+    assert in_words(OSError("what a library says")) == "what a library says"
+
+
+def test_fields_of_the_command_line_are_checked_by_name() -> None:
+    config = parse(MINIMAL, "test")
+    check_fields(["objective.beta", "run.seed"], config)
+    with pytest.raises(ConfigError) as caught:
+        check_fields(["objective.bta", "objective", "run.seed"], config)
+    unknown, section = map(str, caught.value.problems)
+    assert unknown == '--allow-changed = "objective.bta": is no field; did you mean objective.beta?'
+    assert section == '--allow-changed = "objective": a section; name the fields, as in objective.name'
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "\xff", ""])
+def test_files_that_are_not_json_objects_are_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.json: is .*; .*"):
+        read_json(path)
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:

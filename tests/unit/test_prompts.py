@@ -154,11 +154,11 @@ def test_all_problems_of_a_file_are_reported_with_line_value_and_remedy(
         ('line 7: answer = " "', "a string or a number"),
         ('line 8: id = ["x"]', "leave it out"),
         ('line 9: id = "a"', "also that of line 1"),
-        ('line 10: id = "long one"', "51 tokens, prompts.max_tokens = 40"),
+        ('line 10: prompt = "xxx', "51 tokens, more than prompts.max_tokens = 40"),
         ("line 11: line = [1]", "not an object"),
         ("line 12: prompt = ", 'prompts.template = "chat"'),
-        ('line 13: line = "{not json"', "is not JSON"),
-        ("line 14: line = ", "is not JSON"),
+        ("line 13: '{not json': is not JSON (column 2: ", "one object a line"),
+        ("line 14: '\ufffd\ufffd\ufffd': is not JSON (byte 0xff is not UTF-8)", "one object a line"),
     ]
     assert len(problems) == len(expected)
     for problem, (start, remedy) in zip(problems, expected, strict=True):
@@ -179,7 +179,7 @@ def test_files_that_are_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
     (tmp_path / "bad.parquet").write_text("prompt,answer\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     for name, says in [
-        ("absent.jsonl", "no such file"),
+        ("absent.jsonl", "prompts.held_out = .*no such file"),
         ("a.csv", "'.csv' is not known"),
         ("bad.parquet", "is not Parquet"),
         ("empty.jsonl", "no row"),

@@ -89,6 +89,7 @@ def test_what_an_earlier_attempt_said_of_its_end_is_taken_back(tmp_path: Path) -
 
 def test_a_run_that_finished_no_iteration_starts_from_an_empty_buffer(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
+    directory.open(make_config(tmp_path), inputs={})
     (directory.replay / "shards").mkdir(parents=True)
     (directory.replay / "journal.jsonl").write_text("something")
     assert directory.open(make_config(tmp_path), inputs={}) is None

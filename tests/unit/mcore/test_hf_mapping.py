@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from reval_mcore.mcore.hf_mapping import check_layout, export_weights, from_shards, read_spec, to_shard
+from reval_mcore.mcore.hf_mapping import (
+    check_layout,
+    check_weights,
+    export_weights,
+    from_shards,
+    hf_shapes,
+    read_spec,
+    to_shard,
+)
 from reval_mcore.mcore.model import build_model, forward_logits
 from reval_mcore.mcore.packing import build_micro_batch
 from tests.builders import (
@@ -133,10 +143,10 @@ def test_the_default_rope_theta_would_be_noticed(topology: Topology, tmp_path: P
         ({"model_type": None}, "model_type is missing"),
         ({"rope_parameters": None}, "rope_theta"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope_type = 'yarn'"),
         (
             {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope type 'linear'",
+            "rope_type = 'linear'",
         ),
         ({"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -144,6 +154,14 @@ def test_the_default_rope_theta_would_be_noticed(topology: Topology, tmp_path: P
         ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings is missing"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps = 0: give a number > 0"),
+        ({"hidden_size": "32"}, "hidden_size = '32': give a whole number > 0"),
+        ({"vocab_size": True}, "vocab_size = True: give a whole number > 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3: does not divide num_attention_heads = 4"),
+        ({"num_attention_heads": 6}, "num_attention_heads = 6: does not divide hidden_size = 32"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
+        ({"rope_parameters": "default"}, "rope_parameters = 'default'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ],
 )
 def test_configs_that_would_give_another_model_are_refused_by_field(
@@ -179,7 +197,55 @@ def test_weights_of_another_shape_or_with_a_tensor_missing_are_refused(topology:
     edit_config(tied, tie_word_embeddings=False)
     with pytest.raises(ValueError) as caught:
         build(tied, topology)
-    assert "lm_head.weight is missing" in str(caught.value)
+    assert "lm_head.weight: is missing" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_expected_tensors_are_those_that_transformers_writes(name: str, tmp_path: Path) -> None:
+    directory = save_qwen2(tmp_path, **MODELS[name])
+    found = {name: tuple(tensor.shape) for name, tensor in source_tensors(directory).items()}
+    assert hf_shapes(read_spec(directory)) == found
+    check_weights(directory, read_spec(directory))
+
+
+def one_file(directory: Path, **more: torch.Tensor) -> Path:
+    """The same weights, and others, in model.safetensors, which counts more than an index."""
+    save_file({**source_tensors(directory), **more}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", torch.zeros(80, 32), "config.json has no place for it"),
+        ("model.norm.weight", torch.zeros(32, dtype=torch.int8), "is of type I8; F32"),
+        ("model.norm.weight", torch.zeros(31), "has shape [31], config.json asks for [32]"),
+        ("lm_head.weight", torch.zeros(3), None),  # tied, so nobody reads it
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(4), None),
+    ],
+)
+def test_weights_are_judged_by_their_headers(name: str, tensor: torch.Tensor, says: str | None, tmp_path: Path) -> None:
+    directory = one_file(save_qwen2(tmp_path, tie_word_embeddings=True), **{name: tensor})
+    if says is None:
+        check_weights(directory, read_spec(directory))
+        return
+    with pytest.raises(ValueError) as caught:
+        check_weights(directory, read_spec(directory))
+    start, problem = str(caught.value).split("\n  ")
+    assert start.startswith(f"{directory}: the weights do not fit config.json; ")
+    assert problem.startswith(f"{name}: {says}")
+
+
+def test_a_name_in_the_index_alone_is_no_tensor(tmp_path: Path) -> None:
+    directory = save_qwen2(tmp_path, tie_word_embeddings=True)
+    edit_config(directory, tie_word_embeddings=False)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"]["lm_head.weight"] = content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        check_weights(directory, read_spec(directory))
+    assert "lm_head.weight: is missing" in str(caught.value)
 
 
 def test_tensor_parallelism_that_cuts_a_query_group_is_refused(tmp_path: Path) -> None:
