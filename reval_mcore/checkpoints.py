@@ -90,10 +90,15 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         with _whole_or_gone(pending.directory):
             crc32s = {f"{WEIGHTS}/{name}": value for name, value in pending.weights.finish().items()}
-            path = self._directory.publish_checkpoint(pending.directory, keep=self._config.keep, crc32s=crc32s)
+            path = self._directory.publish_checkpoint(pending.directory, crc32s=crc32s)
+        self._remove_unneeded()
+        logger.info("checkpoint %s", path)
+
+    def _remove_unneeded(self) -> None:
+        """Checkpoints above `keep`, then the shards that no kept one needs."""
+        self._directory.remove_checkpoints(keep=self._config.keep)
         needed = [read_trainer_state(path)["first_live_row"] for path in self._directory.kept_checkpoints()]
         self._replay.unlink_evicted(min(needed))
-        logger.info("checkpoint %s", path)
 
     def abandon(self) -> None:
         """End a save that is on its way; for a run that ends by an error."""
@@ -108,4 +113,5 @@ class Checkpoints:
         del counters["first_live_row"]
         self._learner.load(checkpoint / WEIGHTS)
         self._replay.load_state_dict(read_arrays(checkpoint / REPLAY_STATE))
+        self._remove_unneeded()  # what a kill after publishing left; after the last checkpoint nobody else would
         return counters

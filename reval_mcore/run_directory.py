@@ -209,8 +209,8 @@ class RunDirectory:
             raise
         return path
 
-    def publish_checkpoint(self, written: Path, *, keep: int, crc32s: Mapping[str, int]) -> Path:
-        """Make a written checkpoint the latest, then remove the oldest above `keep`.
+    def publish_checkpoint(self, written: Path, *, crc32s: Mapping[str, int]) -> Path:
+        """Make a written checkpoint the latest.
 
         `crc32s` has what is known already, by path in the checkpoint: large files are not read again here.
         """
@@ -227,9 +227,12 @@ class RunDirectory:
         link.symlink_to(final.name)
         link.rename(self.checkpoints / "latest")
         fsync(self.checkpoints)
+        return final
+
+    def remove_checkpoints(self, *, keep: int) -> None:
+        """All but the newest `keep`."""
         for old in self.kept_checkpoints()[:-keep]:
             self._remove(old)
-        return final
 
     def _remove(self, checkpoint: Path) -> None:
         """Out of sight at once, so that a half-removed one is never taken for one."""

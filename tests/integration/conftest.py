@@ -29,9 +29,3 @@ def tiny_model() -> Path:
         path.mkdir(parents=True)
         tools.make_tiny_model.make(path, seed=0, threads=1)
     return path
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden", action="store_true", help="write wrong_inputs/*.txt anew, for a reader to judge"
-    )

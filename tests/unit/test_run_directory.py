@@ -18,7 +18,9 @@ def publish(directory: RunDirectory, iteration: int, *, keep: int = 2) -> Path:
     written = directory.begin_checkpoint(iteration)
     (written / "trainer.json").write_text(json.dumps({"iteration": iteration}))
     (written / "weights" / "__0_0.distcp").write_bytes(bytes(range(100)))
-    return directory.publish_checkpoint(written, keep=keep, crc32s={})
+    published = directory.publish_checkpoint(written, crc32s={})
+    directory.remove_checkpoints(keep=keep)
+    return published
 
 
 def checkpoint_found(directory: RunDirectory) -> str:
@@ -175,7 +177,7 @@ def test_other_versions_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     written = directory.begin_checkpoint(2)
     text = (written / "versions.json").read_text()
     (written / "versions.json").write_text(json.dumps(json.loads(text) | {"torch": "2.6.0"}))
-    directory.publish_checkpoint(written, keep=1, crc32s={})
+    directory.publish_checkpoint(written, crc32s={})
     assert checkpoint_found(directory) == "step_000002"
     assert "torch 2.6.0 -> " in caplog.text
 
