@@ -17,16 +17,18 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config, ModelConfig, read_json
 from reval_mcore.control import StopSignals
 from reval_mcore.durable import append, crc32, write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
-from reval_mcore.mcore.hf_mapping import ModelSpec, check_is_new, check_weights, read_spec, write_directory
+from reval_mcore.layout import check_layout
+from reval_mcore.mcore.hf_mapping import check_is_new, check_weights, write_directory
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.model import resolve_implementation
-from reval_mcore.mcore.topology import Topology, open_topology
+from reval_mcore.mcore.topology import Topology, launched_world_size, open_topology
 from reval_mcore.metrics import MetricsWriter
 from reval_mcore.prompts import (
     load_prompts,
@@ -104,6 +106,14 @@ def _stop_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[st
     raise ValueError(f"rollout.stop_token_ids: {config.model.hf_path} names no end-of-sequence token; give it here")
 
 
+def check_processes(config: Config) -> None:
+    """Raises ValueError where the processes that were started do not make the layout of [parallel]."""
+    world_size = launched_world_size()
+    check_layout(config.parallel, read_spec(config.model.hf_path), world_size)
+    if world_size > 1:
+        raise ValueError(f"reval train runs in one process so far, not in {world_size}; start it without torchrun")
+
+
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
     """(training, held-out) prompts. Raises ValueError where a prompt is in both, or there are too few."""
     train = load_prompts(config.prompts.train, config.prompts, tokenizer)
@@ -133,12 +143,11 @@ def quiet_libraries() -> None:
 def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iterator[Trainer]:
     """Everything of a run, ready to train, resumed where the run directory holds a checkpoint."""
     tokenizer, stops = read_model(config)
+    check_processes(config)
     train_prompts, held_out = read_prompts(config, tokenizer)
     directory = RunDirectory(config.run.directory)
     with contextlib.ExitStack() as stack:
-        topology = stack.enter_context(open_topology())
-        if torch.distributed.get_world_size() > 1:
-            raise ValueError("reval train runs in one process so far; start it without torchrun")
+        topology = stack.enter_context(open_topology(config.parallel))
         found = directory.open(config, inputs=_input_hashes(config, tokenizer), allow_changed=allow_changed)
         stack.enter_context(_log_to(directory.begin_attempt(), found))
         learner = Learner(config, topology)

@@ -77,10 +77,9 @@ def make_targets(batch: Batch, config: RewardConfig) -> Targets:
 
 
 def _residual_loss(
-    score: torch.Tensor, residual: torch.Tensor, scores: TokenScores, targets: Targets, config: ObjectiveConfig
+    score: torch.Tensor, residual: torch.Tensor, value: torch.Tensor, targets: Targets, config: ObjectiveConfig
 ) -> ObjectiveOutput:
     scale = config.beta if config.loss_scale == "beta_residual" else 1.0
-    value = scores.initial_value.detach().double()
     value_gap = value - targets.reference_initial_value
     score_gap = score.detach() - targets.reference_score
     return ObjectiveOutput(
@@ -99,7 +98,8 @@ def reval(scores: TokenScores, targets: Targets, reduce: Reduce, *, config: Obje
     score = reduce(scores.trajectory_score())
     at_cut = torch.where(targets.bootstrap, reduce(scores.final_value.double()) - targets.reference_final_value, 0.0)
     residual = score - targets.reference_score - at_cut - targets.reward / config.beta
-    return _residual_loss(score, residual, scores, targets, config)
+    value = reduce(scores.initial_value.detach().double())
+    return _residual_loss(score, residual, value, targets, config)
 
 
 def tbrm(scores: TokenScores, targets: Targets, reduce: Reduce, *, config: ObjectiveConfig) -> ObjectiveOutput:
@@ -108,7 +108,8 @@ def tbrm(scores: TokenScores, targets: Targets, reduce: Reduce, *, config: Objec
     at_cut = torch.where(targets.bootstrap, reduce(scores.final_value.double()), 0.0)
     reference_logprob = targets.reference_score - targets.reference_initial_value
     residual = score - reference_logprob - at_cut - targets.reward / config.beta
-    return _residual_loss(score, residual, scores, targets, config)
+    value = reduce(scores.initial_value.detach().double())
+    return _residual_loss(score, residual, value, targets, config)
 
 
 _OBJECTIVES = {"reval": reval, "tbrm": tbrm}

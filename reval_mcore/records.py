@@ -124,13 +124,14 @@ class Scores:
 class TokenScores:
     """What the loss head gives an objective for one micro-batch. Position t predicts token t + 1 of its trajectory.
 
-    Under context parallelism each rank holds its own positions; sums over them are partial until `reduce`d.
+    Under context parallelism each rank holds its own positions, in the order of their trajectories, and 0 for what
+    another rank holds; sums over them, and the three values a trajectory, are partial until `reduce`d.
     """
 
     logprob: torch.Tensor  # float32 [T]: log-probability of the next token, 0 where it is not in the loss
     in_loss: torch.Tensor  # bool [T]: the next token is a response token under the loss mask
     is_first: torch.Tensor  # bool [T]: ... and the first such token of its trajectory
-    segment_ids: torch.Tensor  # int64 [T]: trajectory of each position
+    segment_ids: torch.Tensor  # int64 [T]: trajectory of each position, ascending; B for padding at the end
     first_logit: torch.Tensor  # float32 [B]: raw logit of the first response token, logit(s_1, a_1)
     initial_value: torch.Tensor  # float32 [B]: V(s_1) = logsumexp at s_1
     final_value: torch.Tensor  # float32 [B]: logsumexp after the last response token
@@ -139,10 +140,14 @@ class TokenScores:
         """F(tau), float64 [B]: the first response token's raw logit plus the log-probabilities of the others.
 
         The learner's scoring pass and the objectives both call this, so F_ref and F_theta are the same formula. Sums
-        are float64: over 5,000 tokens an fp32 running sum is off by 0.05 nats, a bf16 one by thousands.
+        are float64: over 5,000 tokens an fp32 running sum is off by 0.05 nats, a bf16 one by thousands. A segmented
+        sum and no index_add, whose order is not fixed on a GPU.
         """
+        import torch
+
         later = self.logprob.double().masked_fill(~self.in_loss | self.is_first, 0.0)
-        return self.first_logit.double().index_add(0, self.segment_ids, later)
+        lengths = torch.bincount(self.segment_ids, minlength=len(self.first_logit) + 1)  # the last: padding
+        return self.first_logit.double() + torch.segment_reduce(later, "sum", lengths=lengths)[:-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from reval_mcore.config.problems import Problem
 from reval_mcore.config.tree import (
     EvaluationConfig,
     OptimizerConfig,
+    ParallelConfig,
     PromptsConfig,
     ReplayConfig,
     RewardConfig,
@@ -103,6 +104,17 @@ def _check_system_prompt(prompts: PromptsConfig) -> Iterator[Problem]:
         )
 
 
+def _check_parallel(parallel: ParallelConfig) -> Iterator[Problem]:
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield Problem(
+            "parallel.sequence_parallel",
+            True,
+            "cuts tokens over tensor-parallel ranks, and there is one; set false, or tensor_model_parallel_size >= 2",
+        )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield Problem("parallel.overlap_param_gather", True, "needs overlap_grad_reduce = true; set both, or neither")
+
+
 # each with the sections that it takes; it runs where all of them are right by themselves
 CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_group_shaping, ("reward", "rollout")),
@@ -110,6 +122,7 @@ CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_micro_batch, ("prompts", "rollout", "updates")),
     (_check_schedule, ("optimizer", "run", "updates")),
     (_check_pass_at_k, ("evaluation",)),
+    (_check_parallel, ("parallel",)),
     (_check_held_out, ("prompts",)),
     (_check_system_prompt, ("prompts",)),
 )

@@ -50,6 +50,30 @@ class ModelConfig(Section):
     """bf16 keeps fp32 master weights and reduces gradients in fp32. Everything after the logits is fp32 in both."""
 
 
+class ParallelConfig(Section):
+    """megatron-core's own names. Data parallelism takes the processes that are left."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Cuts every layer and the vocabulary. Divides the query groups; within a node."""
+    sequence_parallel: bool = False
+    """Norms and residual stream cut along the tokens too, over the tensor-parallel ranks: less activation memory."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Cuts the layers into stages. Divides their number."""
+    context_parallel_size: PositiveInt = 1
+    """Cuts each trajectory along its tokens, for long ones."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on; needs overlap_grad_reduce."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Forget activations of the attention core, or of whole layers, and compute them again in the backward pass."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
 class PromptsConfig(Section):
     train: TomlPath
     """JSONL or verl-style Parquet."""
@@ -126,7 +150,10 @@ class UpdatesConfig(Section):
     batch_size: PositiveInt
     """Trajectories a sampled update (a fresh update takes all fresh ones)."""
     max_tokens_per_micro_batch: PositiveInt = 16384
-    """Packed tokens of one forward pass."""
+    """Packed tokens of one forward pass, over all context-parallel ranks."""
+    passes: Literal[1, 2] = 1
+    """2: score forward only, then differentiate the linear loss with the residuals as fixed coefficients; a third more
+    work. The same gradients."""
 
 
 class OptimizerConfig(Section):
@@ -184,6 +211,7 @@ class LoggingConfig(Section):
 class Config(Section):
     run: RunConfig
     model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
     prompts: PromptsConfig
     rollout: RolloutConfig
     verifier: VerifierConfig = VerifierConfig()

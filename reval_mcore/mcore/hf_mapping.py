@@ -1,4 +1,4 @@
-"""Hugging Face <-> megatron-core: one table of families, one table of names, and two pure functions for the layouts.
+"""Hugging Face <-> megatron-core: one table of names, and two pure functions for the layouts.
 
 The same tables serve loading, the weight export to engines and the conversion tools, so the three cannot drift apart.
 Layouts (megatron-core 0.16.1): linear_qkv holds, for each query group, its query heads, then its key, then its value,
@@ -8,153 +8,21 @@ are cut along dimension 1; embedding and output layer along the vocabulary, zero
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from reval_mcore.config import in_words, read_json
+from reval_mcore.architecture import ModelSpec
 from reval_mcore.mcore.weight_files import TensorFile, WeightFiles
 
-VOCABULARY_MULTIPLE = 128  # rows of embedding and output layer, per tensor-parallel rank
 _MAX_PROBLEMS_SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model family does differently from the Llama-like base (RMSNorm, SwiGLU, rope, no biases)."""
-
-    qkv_bias: bool = False
-    qk_layernorm: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "qwen2": Family(qkv_bias=True),
-}
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Sizes and switches of a model, read from config.json itself: no default stands in for a missing field."""
-
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-    max_position_embeddings: int
-    norm_epsilon: float
-    rope_theta: float
-    tied_embeddings: bool
-
-    @property
-    def family(self) -> Family:
-        return FAMILIES[self.model_type]
-
-    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        multiple = VOCABULARY_MULTIPLE * tensor_model_parallel_size
-        return math.ceil(self.vocab_size / multiple) * multiple
-
-
-def read_spec(directory: Path) -> ModelSpec:
-    """The spec of a directory in HF format. Raises ValueError naming field, value and remedy."""
-    path = _config_json(directory)
-    raw = read_json(path)
-
-    def refuse(key: str, remedy: str) -> NoReturn:
-        raise ValueError(f"{path}: {key} = {raw[key]!r}: {remedy}")
-
-    def need(key: str) -> Any:
-        if raw.get(key) is None:
-            raise ValueError(f"{path}: {key} is missing; it cannot be guessed, add it")
-        return raw[key]
-
-    def need_size(key: str) -> int:
-        value = need(key)
-        if type(value) is not int or value <= 0:
-            refuse(key, "give a whole number > 0")
-        return value
-
-    if need("model_type") not in tuple(FAMILIES):
-        refuse("model_type", f"is not supported; give a model of type {' or '.join(FAMILIES)}")
-    for key, only in (("hidden_act", "silu"), ("use_sliding_window", False), ("attention_dropout", 0.0)):
-        if raw.get(key, only) != only:
-            refuse(key, f"is not supported; give a model with {only!r}")
-    if raw.get("quantization_config"):
-        raise ValueError(f"{path}: quantization_config: quantized weights cannot be trained; give the model without")
-    heads, groups, hidden = (need_size(x) for x in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
-    if heads % groups:
-        refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}; mend the one that is wrong")
-    if raw.get("head_dim") is None and hidden % heads:
-        refuse("num_attention_heads", f"does not divide hidden_size = {hidden}; mend one, or add head_dim")
-    epsilon, tied = need("rms_norm_eps"), need("tie_word_embeddings")
-    if not isinstance(epsilon, float) or epsilon <= 0:
-        refuse("rms_norm_eps", "give a number > 0, such as 1e-06")
-    if not isinstance(tied, bool):
-        refuse("tie_word_embeddings", "give true or false")
-    return ModelSpec(
-        model_type=raw["model_type"],
-        num_layers=need_size("num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=need_size("intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        kv_channels=hidden // heads if raw.get("head_dim") is None else need_size("head_dim"),
-        vocab_size=need_size("vocab_size"),
-        max_position_embeddings=need_size("max_position_embeddings"),
-        norm_epsilon=epsilon,
-        rope_theta=_rope_theta(raw, path),
-        tied_embeddings=tied,
-    )
-
-
-def _config_json(directory: Path) -> Path:
-    """Its path. Raises ValueError where there is none."""
-    try:
-        names = {path.name for path in directory.iterdir()}
-    except FileNotFoundError:
-        raise ValueError(
-            f"model.hf_path = {directory}: there is no such directory; check the path, or get the model with "
-            "hf download NAME --local-dir DIR"
-        ) from None
-    except NotADirectoryError:
-        raise ValueError(f"model.hf_path = {directory}: is no directory; give the one that config.json is in") from None
-    except OSError as error:
-        raise ValueError(f"model.hf_path = {in_words(error)}") from None
-    if "config.json" not in names:
-        raise ValueError(f"model.hf_path = {directory}: no config.json in it; give a directory in Hugging Face format")
-    return directory / "config.json"
-
-
-def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
-    """From `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (transformers 4).
-
-    transformers 4 reads a version 5 file as theta = 10000 without a message, so there is no default here.
-    """
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} = {raw[key]!r}: is no object; the file is damaged, fetch it again")
-    parameters = raw.get("rope_parameters") or {}
-    theta = parameters.get("rope_theta", raw.get("rope_theta"))
-    if theta is None:
-        raise ValueError(f"{path}: neither rope_theta nor rope_parameters.rope_theta is there; add one")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"{path}: rope_theta = {theta!r}: give a number > 0")
-    scaling = parameters or raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: rope_type = {kind!r}: is not supported; give a model with 'default'")
-    return float(theta)
 
 
 # ---------------------------------------------------------------- names
@@ -227,7 +95,7 @@ def to_shard(layout: Layout, hf: Sequence[Source], spec: ModelSpec, *, tp_size: 
         height = first.shape[0] // tp_size
         return torch.cat([part[tp_rank * height : (tp_rank + 1) * height] for part in hf])
     groups = spec.num_query_groups // tp_size
-    assert groups * tp_size == spec.num_query_groups, "fewer query groups than ranks: see check_layout"
+    assert groups * tp_size == spec.num_query_groups, "fewer query groups than ranks: see reval_mcore.layout"
     rows = _rows_per_group(spec)
     parts = [
         part[tp_rank * groups * height : (tp_rank + 1) * groups * height].reshape(groups, height, *part.shape[1:])
@@ -257,15 +125,6 @@ def _rows_per_group(spec: ModelSpec) -> tuple[int, int, int]:
     """Rows of query, key and value in one query group."""
     heads = spec.num_attention_heads // spec.num_query_groups
     return heads * spec.kv_channels, spec.kv_channels, spec.kv_channels
-
-
-def check_layout(spec: ModelSpec, *, tensor_model_parallel_size: int) -> None:
-    """Raises ValueError where tensor parallelism would cut a query group."""
-    if spec.num_query_groups % tensor_model_parallel_size:
-        raise ValueError(
-            f"tensor_model_parallel_size = {tensor_model_parallel_size} does not divide num_key_value_heads = "
-            f"{spec.num_query_groups}; give a divisor"
-        )
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -366,12 +225,20 @@ def write_directory(directory: Path, named_tensors: Iterable[tuple[str, torch.Te
 
 @torch.no_grad()
 def export_weights(
-    model: torch.nn.Module, spec: ModelSpec, tp_group: torch.distributed.ProcessGroup
+    model: torch.nn.Module, spec: ModelSpec, groups: ProcessGroupCollection
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, whole tensor) of this stage's parameters, one at a time; collective over the tensor-parallel group.
+    """(HF name, whole tensor), one at a time, on every rank; collective over tensor- and pipeline-parallel ranks.
 
     A tied output layer is left out: HF names it once, as the embedding.
     """
+    for stage in range(groups.pp.size()):
+        own = _stage_weights(model, spec, groups.tp) if stage == groups.pp.rank() else None
+        yield from own if own is not None and groups.pp.size() == 1 else _from_stage(stage, own, groups.pp)
+
+
+def _stage_weights(
+    model: torch.nn.Module, spec: ModelSpec, tp_group: torch.distributed.ProcessGroup
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in global_names(model):
         if name == "output_layer.weight" and spec.tied_embeddings:
             continue
@@ -382,3 +249,21 @@ def export_weights(
             shards = [torch.empty_like(shard) for _ in range(tp_group.size())]
             torch.distributed.all_gather(shards, shard, group=tp_group)
         yield from zip(targets, from_shards(layout, shards, spec), strict=True)
+
+
+def _from_stage(
+    stage: int, own: Iterator[tuple[str, torch.Tensor]] | None, pp_group: torch.distributed.ProcessGroup
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What one pipeline stage holds, on all of them; `own` is given on the stage itself."""
+    source = torch.distributed.get_global_rank(pp_group, stage)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    while True:
+        name, tensor = next(own, ("", torch.empty(0))) if own is not None else ("", torch.empty(0))
+        header: list[Any] = [(name, tensor.shape, tensor.dtype)]
+        torch.distributed.broadcast_object_list(header, src=source, group=pp_group)
+        name, shape, dtype = header[0]
+        if not name:
+            return
+        whole = tensor.contiguous() if own is not None else torch.empty(shape, dtype=dtype, device=device)
+        torch.distributed.broadcast(whole, src=source, group=pp_group)
+        yield name, whole

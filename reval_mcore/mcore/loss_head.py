@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from reval_mcore.mcore.packing import MicroBatch
-from reval_mcore.records import TokenScores
+from reval_mcore.records import Reduce, TokenScores
 
 
 class _VocabParallelLogsumexp(torch.autograd.Function):
@@ -81,7 +81,7 @@ def vocab_parallel_logsumexp(
 def token_scores(
     logits: torch.Tensor, micro_batch: MicroBatch, *, tp_group: dist.ProcessGroup, num_valid: int
 ) -> TokenScores:
-    """What an objective needs of one micro-batch. logits [T, V / TP]."""
+    """What an objective needs of one micro-batch, as far as this context-parallel rank holds it. logits [T, V / TP]."""
     logsumexp, target_logit = vocab_parallel_logsumexp(
         logits, micro_batch.targets, tp_group=tp_group, num_valid=num_valid
     )
@@ -90,7 +90,33 @@ def token_scores(
         in_loss=micro_batch.in_loss,
         is_first=micro_batch.is_first,
         segment_ids=micro_batch.segment_ids,
-        first_logit=target_logit[micro_batch.first_position],
-        initial_value=logsumexp[micro_batch.first_position],
-        final_value=logsumexp[micro_batch.last_position],
+        first_logit=_at(target_logit, micro_batch.first_position),
+        initial_value=_at(logsumexp, micro_batch.first_position),
+        final_value=_at(logsumexp, micro_batch.last_position),
     )
+
+
+def _at(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """values [T] at positions [B]; 0 where another rank holds the position (-1)."""
+    return torch.where(positions >= 0, values[positions], 0.0)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Forward: the sum over ranks. Backward: the gradient as it is, since each rank differentiates its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+def context_parallel_sum(group: dist.ProcessGroup) -> Reduce:
+    """Turns partial sums [B] of context-parallel ranks into whole ones, on each of them."""
+    if group.size() == 1:
+        return lambda value: value
+    return lambda value: _SumOverRanks.apply(value, group)  # pyright: ignore[reportReturnType]

@@ -18,9 +18,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from reval_mcore.config import ModelConfig
+from reval_mcore.architecture import ModelSpec
+from reval_mcore.config import ModelConfig, ParallelConfig
+from reval_mcore.layout import check_layout
 from reval_mcore.mcore import hf_mapping
-from reval_mcore.mcore.hf_mapping import ModelSpec
+from reval_mcore.mcore.fp32_head import use_fp32_logits
 from reval_mcore.mcore.local_layers import PackedAttention, RMSNorm
 from reval_mcore.mcore.packing import MicroBatch
 from reval_mcore.mcore.topology import Topology
@@ -40,6 +42,7 @@ def resolve_implementation(config: ModelConfig) -> str:
 def transformer_config(spec: ModelSpec, config: ModelConfig, topology: Topology) -> TransformerConfig:
     bf16 = config.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    parallel = topology.parallel
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -59,7 +62,15 @@ def transformer_config(spec: ModelSpec, config: ModelConfig, topology: Topology)
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        tensor_model_parallel_size=topology.groups.tp.size(),
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        variable_seq_lengths=True,  # packs differ in length, so pipeline stages send the shape first
+        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, even without experts
+        batch_p2p_comm=True,
+        deallocate_pipeline_outputs=True,
+        **_recompute(parallel),
         # gradients become a sum divided by the count that the loss function returns: see Learner.update
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
@@ -74,6 +85,16 @@ def transformer_config(spec: ModelSpec, config: ModelConfig, topology: Topology)
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    match parallel.recompute_granularity:
+        case "none":
+            return {}
+        case "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        case "full":
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def _layer_spec(config: TransformerConfig, implementation: str) -> Any:
@@ -95,7 +116,7 @@ def _layer_spec(config: TransformerConfig, implementation: str) -> Any:
 def build_model(config: ModelConfig, spec: ModelSpec, topology: Topology) -> GPTModel:
     """The model of `config.hf_path` with its weights, on this rank's device, in `config.precision`."""
     tp = topology.groups.tp
-    hf_mapping.check_layout(spec, tensor_model_parallel_size=tp.size())
+    check_layout(topology.parallel, spec, topology.world_size)
     transformer = transformer_config(spec, config, topology)
     model = GPTModel(
         config=transformer,
@@ -112,6 +133,8 @@ def build_model(config: ModelConfig, spec: ModelSpec, topology: Topology) -> GPT
     )
     hf_mapping.load_weights(model, Path(config.hf_path), spec, tp_size=tp.size(), tp_rank=tp.rank())
     _mark_shards(model, spec)
+    if transformer.bf16:
+        use_fp32_logits(model)
     return model.to(topology.device)
 
 
@@ -127,8 +150,7 @@ def _mark_shards(model: GPTModel, spec: ModelSpec) -> None:
 
 
 def wrap_precision(model: GPTModel) -> torch.nn.Module:
-    """bf16 weights and activations where the config says so. Logits leave the last stage as fp32 tensors, which hold
-    what the head's bf16 GEMM has rounded."""
+    """bf16 weights and activations where the config says so; logits are fp32 in either case."""
     return Float16Module(model.config, model) if model.config.bf16 else model
 
 

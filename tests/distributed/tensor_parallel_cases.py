@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from reval_mcore.config import Config
+from reval_mcore.config import Config, ParallelConfig
 from reval_mcore.mcore.hf_mapping import global_names
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.loss_head import vocab_parallel_logsumexp
@@ -49,7 +49,7 @@ def run_update(learner: Learner, seed: int, config: Config) -> UpdateStats:
 
 def logsumexp(num_valid: list[int]) -> None:
     """Each rank checks its own columns; the padded ones are at the end, and may be all that rank 1 holds."""
-    with open_topology(tensor_model_parallel_size=2) as topology:
+    with open_topology(ParallelConfig(tensor_model_parallel_size=2)) as topology:
         for valid in num_valid:
             _check_logsumexp(valid, topology)
 
@@ -91,7 +91,7 @@ def _check_logsumexp(valid: int, topology: Topology) -> None:
 
 def live(hf_path: str, directory: str) -> None:
     """A whole life under as many tensor-parallel ranks as there are."""
-    with open_topology(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"])) as topology:
+    with open_topology(ParallelConfig(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"]))) as topology:
         notes = _live(Path(hf_path), Path(directory), topology)
         loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("megatron.")]
         notes["bare_modules"] = [name for name, module in loaded if vars(module).get("torch") is torch]
@@ -141,7 +141,7 @@ def _live(hf_path: Path, directory: Path, topology: Topology) -> dict[str, objec
 
 def continue_from(hf_path: str, checkpoint: str, directory: str) -> None:
     """Load what another layout wrote, and take the next update."""
-    with open_topology(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"])) as topology:
+    with open_topology(ParallelConfig(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"]))) as topology:
         config = run_config(Path(hf_path))
         learner = Learner(config, topology)
         learner.load(Path(checkpoint))

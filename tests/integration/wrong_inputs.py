@@ -305,6 +305,10 @@ PROMPTS: Mapping[str, Case] = {
     "prompts_without_a_chat_template": case(train("prompts.template=chat"), without("model/chat_template.jinja")),
     "stop_token_out_of_the_vocabulary": case(train("rollout.stop_token_ids=[2, 369]")),
     "sequence_longer_than_the_positions": case(train(), config_json(max_position_embeddings=20)),
+    "layout_that_cuts_heads": case(
+        train("parallel.tensor_model_parallel_size=8", "parallel.pipeline_model_parallel_size=3")
+    ),
+    "layout_without_its_processes": case(train("parallel.tensor_model_parallel_size=2")),
     "transformer_engine_without_a_gpu": case(train("model.implementation=te")),
 }
 

@@ -130,6 +130,8 @@ def test_a_section_that_is_no_table() -> None:
         ({"optimizer__min_lr": 1e-3}, "optimizer.min_lr", "optimizer.lr"),
         ({"optimizer__betas": [0.9, 1.0]}, "optimizer.betas.1", "[0, 1)"),
         ({"evaluation__pass_at_k": [1, 4]}, "evaluation.pass_at_k", "pass@4"),
+        ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel", "tensor_model_parallel_size >= 2"),
+        ({"parallel__overlap_param_gather": True}, "parallel.overlap_param_gather", "overlap_grad_reduce"),
         ({"prompts__held_out": "train.jsonl"}, "prompts.held_out", "same file"),
         ({"prompts__system_prompt": "Be brief."}, "prompts.system_prompt", "template"),
     ],

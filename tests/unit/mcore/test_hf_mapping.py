@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reval_mcore.architecture import read_spec
 from reval_mcore.mcore.hf_mapping import (
-    check_layout,
     check_weights,
     export_weights,
     from_shards,
     hf_shapes,
-    read_spec,
     to_shard,
 )
 from reval_mcore.mcore.model import build_model, forward_logits
@@ -57,7 +56,7 @@ def logit_difference(model: GPTModel, directory: Path, topology: Topology) -> fl
 
 
 def export(model: GPTModel, directory: Path, topology: Topology) -> dict[str, torch.Tensor]:
-    weights = export_weights(model, read_spec(directory), topology.groups.tp)
+    weights = export_weights(model, read_spec(directory), topology.groups)
     return {name: tensor.cpu() for name, tensor in weights}
 
 
@@ -246,14 +245,6 @@ def test_a_name_in_the_index_alone_is_no_tensor(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         check_weights(directory, read_spec(directory))
     assert "lm_head.weight: is missing" in str(caught.value)
-
-
-def test_tensor_parallelism_that_cuts_a_query_group_is_refused(tmp_path: Path) -> None:
-    spec = read_spec(save_qwen2(tmp_path))
-    check_layout(spec, tensor_model_parallel_size=2)
-    with pytest.raises(ValueError) as caught:
-        check_layout(spec, tensor_model_parallel_size=4)
-    assert "num_key_value_heads = 2" in str(caught.value)
 
 
 # ---------------------------------------------------------------- layouts

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reval_mcore.mcore.packing import build_micro_batch, pack, plan_micro_batches
+from reval_mcore.mcore.packing import Cut, MicroBatch, build_micro_batch, pack, plan_micro_batches, plan_ranks
 from reval_mcore.records import Batch
 from tests.builders import make_batch
 
@@ -121,6 +121,79 @@ def test_packed_tokens_are_the_batch_and_nothing_else(seed: int, size: int, limi
     assert sorted(slots.tolist()) == list(range(len(batch.tokens)))
     np.testing.assert_array_equal(tokens, batch.tokens[slots])
     assert sum(int(packed.in_loss.sum()) for packed in micro_batches) == int(batch.loss_mask.sum())
+
+
+# ---------------------------------------------------------------- over ranks
+
+
+@settings(max_examples=200)
+@given(lengths_and_limit(), st.integers(2, 5))
+def test_data_parallel_ranks_get_as_many_micro_batches_and_about_as_many_tokens(
+    case: tuple[np.ndarray, int], num_ranks: int
+) -> None:
+    lengths, limit = case
+    plan = plan_ranks(lengths, limit, num_ranks)
+    assert len(plan) == num_ranks
+    assert len({len(of_rank) for of_rank in plan}) == 1
+    members = [index for of_rank in plan for members in of_rank for index in members.tolist()]
+    assert sorted(members) == list(range(len(lengths)))
+    assert all(lengths[members].sum() <= limit for of_rank in plan for members in of_rank)
+    # longest first into the emptiest: micro-batches of a rank differ from another's by one trajectory each at most
+    loads = [sum(int(lengths[members].sum()) for members in of_rank) for of_rank in plan]
+    assert max(loads) - min(loads) <= lengths.max() * len(plan[0])
+
+
+def test_one_trajectory_on_two_ranks_leaves_one_of_them_padding() -> None:
+    batch = make_batch(1)
+    first, second = (
+        pack(batch, max_tokens=100, device=CPU, data_parallel_size=2, data_parallel_rank=rank) for rank in (0, 1)
+    )
+    assert [len(each.members) for each in (*first, *second)] == [1, 0]
+    assert not second[0].in_loss.any()
+    assert len(second[0].tokens) == second[0].max_seqlen == 1
+    assert (second[0].segment_ids == 0).all()  # number B, of no trajectory
+
+
+CUTS = [Cut(cp, 0, sp) for cp in (1, 2, 4) for sp in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"cp{cut.context_parallel_size}_sp{cut.sequence_parallel_size}")
+@pytest.mark.parametrize("seed", range(3))
+def test_context_parallel_ranks_hold_every_position_once_and_predict_what_the_whole_does(cut: Cut, seed: int) -> None:
+    batch = make_batch(7, seed=seed)
+    members = np.arange(7)
+    whole = build_micro_batch(batch, members, CPU)
+    ranks = [
+        build_micro_batch(batch, members, CPU, replace(cut, context_parallel_rank=rank))
+        for rank in range(cut.context_parallel_size)
+    ]
+    total = int(ranks[0].cu_seqlens[-1])
+    assert total % (cut.context_parallel_size * cut.sequence_parallel_size) == 0
+    assert all((np.diff(packed.cu_seqlens) % cut.sequence_multiple == 0).all() for packed in ranks)
+    assert {len(packed.tokens) for packed in ranks} == {total // cut.context_parallel_size}
+    assert all((packed.segment_ids.diff() >= 0).all() for packed in ranks)
+
+    def by_slot(packed: MicroBatch) -> dict[int, tuple[int, ...]]:
+        """What is said of each real token."""
+        columns = (packed.tokens, packed.targets, packed.position_ids, packed.segment_ids, packed.in_loss)
+        rows = zip(packed.token_slots.tolist(), *(column.tolist() for column in columns), strict=True)
+        return {slot: tuple(rest) for slot, *rest in rows if slot >= 0}
+
+    held = [by_slot(packed) for packed in ranks]
+    assert sum(map(len, held)) == len(batch.tokens)
+    assert {slot: row for of_rank in held for slot, row in of_rank.items()} == by_slot(whole)
+    for name in ("first_position", "last_position"):
+        places = torch.stack([getattr(packed, name) for packed in ranks])
+        assert ((places >= 0).sum(0) == 1).all()  # each is on one rank
+        for column, place in zip(places.T.tolist(), getattr(whole, name).tolist(), strict=True):
+            rank = next(rank for rank, at in enumerate(column) if at >= 0)
+            assert ranks[rank].token_slots[column[rank]] == whole.token_slots[place]
+
+
+def test_a_rank_holds_two_chunks_of_each_sequence_one_near_each_end() -> None:
+    ends = np.array([0, 8, 24])
+    assert Cut(2, 0).positions(ends).tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
+    assert Cut(2, 1).positions(ends).tolist() == [2, 3, 4, 5, 12, 13, 14, 15, 16, 17, 18, 19]
 
 
 def _with_tokens(batch: Batch, tokens: np.ndarray, mask: np.ndarray) -> Batch:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from reval_mcore.architecture import read_spec
 from reval_mcore.config import ObjectiveConfig
-from reval_mcore.mcore.hf_mapping import read_spec
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.loss_head import token_scores
 from reval_mcore.mcore.model import build_model, forward_logits
