@@ -57,7 +57,11 @@ class ModelSpec:
 
 def read_spec(directory: Path) -> ModelSpec:
     """The spec of a directory in HF format. Raises ValueError naming field, value and remedy."""
-    path = _config_json(directory)
+    return read_config_json(_config_json(directory))
+
+
+def read_config_json(path: Path) -> ModelSpec:
+    """The spec in a config.json, wherever it lies and whatever it is called. Raises ValueError like `read_spec`."""
     raw = read_json(path)
 
     def refuse(key: str, remedy: str) -> NoReturn:

@@ -38,12 +38,14 @@ from reval_mcore.prompts import (
     template_hash,
     tokenizer_hash,
 )
+from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt
 from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.replay.shards import ShardName, ShardWriter
 from reval_mcore.rollout.embedded import EmbeddedEngine
 from reval_mcore.rollout.engine import RolloutEngine
 from reval_mcore.run_directory import WEIGHTS, Found, RunDirectory, read_trainer_state, versions
+from reval_mcore.shared_replay import SharedReplay
 from reval_mcore.trainer import Trainer
 from reval_mcore.verifiers import VerifierPool
 
@@ -108,10 +110,7 @@ def _stop_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[st
 
 def check_processes(config: Config) -> None:
     """Raises ValueError where the processes that were started do not make the layout of [parallel]."""
-    world_size = launched_world_size()
-    check_layout(config.parallel, read_spec(config.model.hf_path), world_size)
-    if world_size > 1:
-        raise ValueError(f"reval train runs in one process so far, not in {world_size}; start it without torchrun")
+    check_layout(config.parallel, read_spec(config.model.hf_path), launched_world_size())
 
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
@@ -148,41 +147,42 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
     directory = RunDirectory(config.run.directory)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology(config.parallel))
-        found = directory.open(config, inputs=_input_hashes(config, tokenizer), allow_changed=allow_changed)
-        stack.enter_context(_log_to(directory.begin_attempt(), found))
+        ranks = Ranks(topology.rank, topology.world_size)
+        inputs = _input_hashes(config, tokenizer)
+        found = ranks.share(lambda: directory.open(config, inputs=inputs, allow_changed=allow_changed))
+        stack.enter_context(_log_to(ranks.share(directory.begin_attempt), found, ranks))
         learner = Learner(config, topology)
         engine = _make_engine(config, topology)
         stack.callback(engine.close)
         verifier = stack.enter_context(VerifierPool(config.verifier))
-        replay = ReplayBuffer(
-            directory.replay, capacity=config.replay.capacity, seed=config.run.seed, sampler=config.replay.sampler
-        )
+        buffer = _open_buffer(config, directory) if ranks.is_first else None
         writer = ShardWriter(
             directory.replay,
-            writer="inline",
-            incarnation=_next_incarnation(directory.replay),
+            writer=f"inline{ranks.rank:03d}",
+            incarnation=ranks.share(lambda: _next_incarnation(directory.replay)),
             tokenizer_hash=tokenizer_hash(tokenizer),
             template_hash=template_hash(tokenizer, config.prompts),
         )
         answerer = Answerer(engine, tokenizer, verifier)
-        collector = Collector(config, train_prompts, answerer, writer, stops)
-        metrics = _open_metrics(config, directory, found)
-        stack.callback(metrics.close)
-        checkpoints = Checkpoints(config.checkpoint, directory, learner=learner, replay=replay)
+        metrics = _open_metrics(config, directory, found) if ranks.is_first else None
+        if metrics is not None:
+            stack.callback(metrics.close)
+        checkpoints = Checkpoints(config.checkpoint, directory, learner=learner, replay=buffer, ranks=ranks)
         stack.callback(checkpoints.abandon)
         trainer = Trainer(
             config,
             learner=learner,
             engine=engine,
             answerer=answerer,
-            collector=collector,
-            replay=replay,
+            collector=Collector(config, train_prompts, answerer, writer, stops, ranks),
+            replay=SharedReplay(buffer, directory.replay, ranks),
             held_out=held_out,
             stop_token_ids=stops,
             directory=directory,
             checkpoints=checkpoints,
             metrics=metrics,
             stop=stack.enter_context(StopSignals()),
+            ranks=ranks,
         )
         if found is not None:
             trainer.resume(found)
@@ -208,10 +208,10 @@ class _LogFile(logging.Handler):
 
 
 @contextlib.contextmanager
-def _log_to(attempt: Path, found: Found | None) -> Iterator[None]:
+def _log_to(attempt: Path, found: Found | None, ranks: Ranks) -> Iterator[None]:
     """What this process has to say of the run goes to a file as well, tracebacks and crashes of libraries too."""
     root = logging.getLogger("reval_mcore")
-    path = attempt / "trainer.log"
+    path = attempt / f"rank_{ranks.rank:03d}.log"
     with path.open("ab", buffering=0) as file:
         handler = _LogFile(file)
         root.addHandler(handler)
@@ -247,6 +247,12 @@ def _make_engine(config: Config, topology: Topology) -> RolloutEngine:
         dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
         device=topology.device,
         max_batch_size=config.rollout.max_batch_size,
+    )
+
+
+def _open_buffer(config: Config, directory: RunDirectory) -> ReplayBuffer:
+    return ReplayBuffer(
+        directory.replay, capacity=config.replay.capacity, seed=config.run.seed, sampler=config.replay.sampler
     )
 
 
@@ -286,6 +292,7 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
             Answerer(engine, tokenizer, verifier),
             prompts,
             config.evaluation,
+            Ranks(),
             seed=config.run.seed,
             max_response_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stops,

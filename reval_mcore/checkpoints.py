@@ -18,6 +18,7 @@ from reval_mcore.config import CheckpointConfig
 from reval_mcore.durable import write_json
 from reval_mcore.mcore.checkpoint import PendingSave
 from reval_mcore.mcore.learner import Learner
+from reval_mcore.ranks import Ranks
 from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.run_directory import (
     REPLAY_STATE,
@@ -39,59 +40,73 @@ class _Unpublished:
     weights: PendingSave
 
 
-@contextlib.contextmanager
-def _whole_or_gone(written: Path) -> Iterator[None]:
-    """An OSError within it removes `written`, which must not hold the space that is missing, and names a file or it."""
-    try:
-        yield
-    except OSError as error:
-        shutil.rmtree(written, ignore_errors=True)
-        raise OSError(error.errno, error.strerror or str(error), error.filename or str(written)) from error
-
-
 class Checkpoints:
-    """Saves and restores a learner and a replay buffer in a run directory. At most one save is on its way."""
+    """Saves and restores a learner and a replay buffer in a run directory. At most one save is on its way.
+
+    Collective: all ranks write their weights, the first one the rest, and it publishes.
+    """
 
     def __init__(
-        self, config: CheckpointConfig, directory: RunDirectory, *, learner: Learner, replay: ReplayBuffer
+        self,
+        config: CheckpointConfig,
+        directory: RunDirectory,
+        *,
+        learner: Learner,
+        replay: ReplayBuffer | None,
+        ranks: Ranks,
     ) -> None:
+        """`replay` is the first rank's; the others have none."""
         self._config = config
         self._directory = directory
         self._learner = learner
-        self._replay = replay
+        self._buffer = replay
+        self._ranks = ranks
         self._pending: _Unpublished | None = None
+
+    @property
+    def _replay(self) -> ReplayBuffer:
+        assert self._buffer is not None, "asked for on another rank than the first"
+        return self._buffer
 
     def save(self, iteration: int, counters: Mapping[str, Any]) -> None:
         """Begin to save the state of this moment. In the background, `publish` completes it. Raises OSError.
 
         Nothing happens where the state after this iteration is saved already, or on its way.
         """
-        if self._directory.has_checkpoint(iteration) or (self._pending and self._pending.iteration == iteration):
+        if self._pending is not None and self._pending.iteration == iteration:
+            return
+        if self._ranks.share(lambda: self._directory.has_checkpoint(iteration)):
             return
         self.publish()
-        written = self._directory.begin_checkpoint(iteration)
-        with _whole_or_gone(written):
-            write_json(written / TRAINER_STATE, {**counters, "first_live_row": self._replay.first_live_row})
-            write_arrays(written / REPLAY_STATE, self._replay.state_dict())
+        written = self._ranks.share(lambda: self._begin(iteration, counters))
+        with self._whole_or_gone(written):
             weights = self._learner.save(written / WEIGHTS, in_background=self._config.async_save)
         self._pending = _Unpublished(iteration, written, weights)
         if not self._config.async_save:
             self.publish()
 
+    def _begin(self, iteration: int, counters: Mapping[str, Any]) -> Path:
+        """All but the weights."""
+        written = self._directory.begin_checkpoint(iteration)
+        with self._whole_or_gone(written):
+            write_json(written / TRAINER_STATE, {**counters, "first_live_row": self._replay.first_live_row})
+            write_arrays(written / REPLAY_STATE, self._replay.state_dict())
+        return written
+
     def publish_if_done(self) -> None:
-        """Publish what is on its way if that takes no waiting; collective."""
+        """Publish what is on its way if that takes no waiting."""
         if self._pending is not None and self._pending.weights.is_done():
             self.publish()
 
     def publish(self) -> None:
-        """Wait for the save that is on its way, if there is one, and make it count. Raises OSError; collective."""
+        """Wait for the save that is on its way, if there is one, and make it count. Raises OSError."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        with _whole_or_gone(pending.directory):
+        with self._whole_or_gone(pending.directory):
             crc32s = {f"{WEIGHTS}/{name}": value for name, value in pending.weights.finish().items()}
-            path = self._directory.publish_checkpoint(pending.directory, crc32s=crc32s)
-        self._remove_unneeded()
+            path = self._ranks.share(lambda: self._directory.publish_checkpoint(pending.directory, crc32s=crc32s))
+        self._ranks.share(self._remove_unneeded)
         logger.info("checkpoint %s", path)
 
     def _remove_unneeded(self) -> None:
@@ -100,18 +115,32 @@ class Checkpoints:
         needed = [read_trainer_state(path)["first_live_row"] for path in self._directory.kept_checkpoints()]
         self._replay.unlink_evicted(min(needed))
 
+    @contextlib.contextmanager
+    def _whole_or_gone(self, written: Path) -> Iterator[None]:
+        """An OSError within it removes `written`, which must not hold the space that is missing, and names a file."""
+        try:
+            yield
+        except OSError as error:
+            self._remove(written)
+            raise OSError(error.errno, error.strerror or str(error), error.filename or str(written)) from error
+
     def abandon(self) -> None:
-        """End a save that is on its way; for a run that ends by an error."""
+        """End a save that is on its way; for a run that ends by an error. Not collective."""
         if self._pending is not None:
             self._pending.weights.abandon()
-            shutil.rmtree(self._pending.directory, ignore_errors=True)
+            self._remove(self._pending.directory)
             self._pending = None
+
+    def _remove(self, written: Path) -> None:
+        if self._ranks.is_first:
+            shutil.rmtree(written, ignore_errors=True)
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
         """Bring learner and buffer back to where `checkpoint` was taken; returns the counters that `save` was given."""
-        counters = read_trainer_state(checkpoint)
+        counters = self._ranks.share(lambda: read_trainer_state(checkpoint))
         del counters["first_live_row"]
         self._learner.load(checkpoint / WEIGHTS)
-        self._replay.load_state_dict(read_arrays(checkpoint / REPLAY_STATE))
-        self._remove_unneeded()  # what a kill after publishing left; after the last checkpoint nobody else would
+        self._ranks.share(lambda: self._replay.load_state_dict(read_arrays(checkpoint / REPLAY_STATE)))
+        # what a kill after publishing left; after the last checkpoint nobody else would
+        self._ranks.share(self._remove_unneeded)
         return counters

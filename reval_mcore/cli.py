@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reval_mcore import __version__
-from reval_mcore.config import check_fields, in_words, load
+from reval_mcore.config import Config, check_fields, in_words, load
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD",
         help="go on though this field, which decides what is learned, differs from the run's",
     )
+    train.add_argument("--dry-run", action="store_true", help="print the plan of the run by arithmetic, and do nothing")
+    train.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes (default: one model's)")
+    train.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="with --dry-run: of a GPU (default: 80)")
     train.set_defaults(execute=_train)
 
     evaluate = commands.add_parser("eval", help="accuracy of a model on the held-out prompts of a config")
@@ -83,6 +86,12 @@ def _train(arguments: argparse.Namespace) -> None:
     with _blame_user():
         config = load(arguments.config, arguments.overrides)
         check_fields(arguments.allow_changed, config)
+        if arguments.dry_run:
+            _print_plan(arguments, config)
+            return
+        for name in ("world_size", "gpu_memory_gib"):
+            if vars(arguments)[name] is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: is for a plan; add --dry-run, or leave it out")
     from reval_mcore.assembly import open_trainer, quiet_libraries
 
     quiet_libraries()
@@ -97,10 +106,21 @@ def _train(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"{in_words(error)}: it goes on from the last checkpoint, or starts over where there is none"
             ) from error
+    if not trainer.ranks.is_first:
+        return
     if reason == "finished":
         print(f"finished; {config.run.directory}/summary.json has the figures")
     else:
         print(f"stopped by {reason} after iteration {trainer.progress.iteration}; the same command goes on from there")
+
+
+def _print_plan(arguments: argparse.Namespace, config: Config) -> None:
+    from reval_mcore.plan import make_plan
+    from reval_mcore.plan.text import render
+
+    memory = 80.0 if arguments.gpu_memory_gib is None else arguments.gpu_memory_gib
+    plan = make_plan(config, arguments.config, world_size=arguments.world_size, gpu_memory_gib=memory)
+    print(render(plan))
 
 
 @_blame_user()

@@ -19,7 +19,8 @@ import numpy as np
 from reval_mcore.config import Config
 from reval_mcore.prompts import prompts_for_iteration
 from reval_mcore.randomness import generator, stream_key
-from reval_mcore.records import Prompt, Trajectory, VerdictReason
+from reval_mcore.ranks import Ranks
+from reval_mcore.records import FinishReason, Prompt, Trajectory, VerdictReason
 from reval_mcore.replay.shards import CorruptShardError, ShardWriter, read_trajectories
 from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, RolloutEngine, SamplingParams
 from reval_mcore.verifiers import VERIFIER_VERSION, Verdict, VerifierPool
@@ -74,15 +75,25 @@ class Answerer:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one block of collection wrote."""
+    """What was collected for an iteration, by all ranks."""
 
-    shard: str
+    shards: tuple[str, ...]
     metrics: dict[str, float]
     samples: tuple[str, ...]  # a few trajectories as text
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What is reported of a trajectory."""
+
+    reward: float
+    verdict: VerdictReason
+    finish_reason: FinishReason
+    num_response_tokens: int
+
+
 class Collector:
-    """Fills one block of the prompt order an iteration."""
+    """Fills one block of the prompt order an iteration, each rank its part of the prompts, in a shard of its own."""
 
     def __init__(
         self,
@@ -91,11 +102,13 @@ class Collector:
         answerer: Answerer,
         writer: ShardWriter,
         stop_token_ids: tuple[int, ...],
+        ranks: Ranks,
     ) -> None:
         self._config = config
         self._prompts = prompts
         self._answerer = answerer
         self._writer = writer
+        self._ranks = ranks
         rollout = config.rollout
         self._left_behind: dict[int, Path] = {}  # shards, by iteration
         self._sampling = SamplingParams(
@@ -107,16 +120,28 @@ class Collector:
         )
 
     def collect(self, iteration: int) -> Collected:
-        """Generate, judge and write the trajectories of one iteration; a function of (seed, iteration, weights)."""
-        if iteration in self._left_behind:
-            path = self._left_behind.pop(iteration)
-            shard, trajectories = path.name, read_trajectories(path)
-        else:
-            trajectories = self._generate(iteration)
-            shard = self._writer.write(trajectories)
+        """Generate, judge and write the trajectories of one iteration; a function of (seed, iteration, weights).
+
+        Collective: all ranks get what all have collected.
+        """
+        shards, trajectories = self._own_part(iteration)
         size = self._config.rollout.num_responses
         samples = self._as_text(trajectories[::size][: self._config.logging.num_text_samples])
-        return Collected(shard, _response_metrics(trajectories), samples)
+        outcomes = [_Outcome(t.reward, t.verdict, t.finish_reason, len(t.response_tokens)) for t in trajectories]
+        parts = self._ranks.gather((shards, outcomes, samples))
+        return Collected(
+            shards=tuple(shard for part, _, _ in parts for shard in part),
+            metrics=_response_metrics([outcome for _, part, _ in parts for outcome in part]),
+            samples=tuple(text for _, _, part in parts for text in part)[: self._config.logging.num_text_samples],
+        )
+
+    def _own_part(self, iteration: int) -> tuple[list[str], list[Trajectory]]:
+        """(shard, if there is something to put in one; trajectories)."""
+        if iteration in self._left_behind:
+            path = self._left_behind.pop(iteration)
+            return [path.name], read_trajectories(path)
+        trajectories = self._generate(iteration)
+        return [self._writer.write(trajectories)] if trajectories else [], trajectories
 
     def take_over(self, directory: Path, shards: Sequence[str]) -> list[str]:
         """Use these shards for the iterations that they are of, instead of generating again; returns those of use.
@@ -136,9 +161,10 @@ class Collector:
         return [path.name for path in self._left_behind.values()]
 
     def _block(self, iteration: int) -> list[Prompt]:
+        """This rank's prompts: all responses to one are in one shard."""
         config = self._config
         block = prompts_for_iteration(iteration, config.rollout.num_prompts, len(self._prompts), config.run.seed)
-        return [self._prompts[i] for i in block.tolist()]
+        return [self._prompts[i] for i in self._ranks.part(block.tolist())]
 
     def _trajectory_ids(self, iteration: int) -> list[str]:
         groups = [_group_id(iteration, prompt) for prompt in self._block(iteration)]
@@ -154,13 +180,25 @@ class Collector:
         )
         judged = [self._judge(item) for item in answered]
         if config.verifier.permute_rewards:
-            judged = _permuted(judged, seed, iteration)
+            judged = self._permuted(judged, iteration)
         size = config.rollout.num_responses
         trajectories: list[Trajectory] = []
         for start in range(0, len(answered), size):
             group = slice(start, start + size)
             trajectories += self._group(answered[group], judged[group], iteration)
         return trajectories
+
+    def _permuted(self, judged: Sequence[Verdict | None], iteration: int) -> list[Verdict | None]:
+        """The verdicts of all ranks, dealt out at random among the responses that have one: should teach nothing."""
+        parts = self._ranks.gather(list(judged))
+        whole = [verdict for part in parts for verdict in part]
+        places = [place for place, verdict in enumerate(whole) if verdict is not None]
+        order = generator(self._config.run.seed, "permute_rewards", iteration).permutation(len(places))
+        dealt = list(whole)
+        for place, source in zip(places, order.tolist(), strict=True):
+            dealt[place] = whole[places[source]]
+        start = sum(len(part) for part in parts[: self._ranks.rank])
+        return dealt[start : start + len(judged)]
 
     def _group(self, members: Sequence[Answered], judged: Sequence[Verdict | None], iteration: int) -> list[Trajectory]:
         rewards = np.array([verdict.reward for verdict in judged if verdict is not None])
@@ -225,31 +263,21 @@ class Collector:
         )
 
 
-def _permuted(judged: Sequence[Verdict | None], seed: int, iteration: int) -> list[Verdict | None]:
-    """The same verdicts, dealt out at random among the responses that have one: a control that should learn nothing."""
-    places = [place for place, verdict in enumerate(judged) if verdict is not None]
-    order = generator(seed, "permute_rewards", iteration).permutation(len(places))
-    dealt = list(judged)
-    for place, source in zip(places, order.tolist(), strict=True):
-        dealt[place] = judged[places[source]]
-    return dealt
-
-
 def _group_id(iteration: int, prompt: Prompt) -> str:
     return f"{iteration:06d}-{prompt.prompt_id}"
 
 
-def _response_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    lengths = np.array([len(trajectory.response_tokens) for trajectory in trajectories])
-    rewards = np.array([trajectory.reward for trajectory in trajectories], np.float32)  # as a shard holds them
-    reasons = Counter(trajectory.verdict for trajectory in trajectories)
+def _response_metrics(outcomes: Sequence[_Outcome]) -> dict[str, float]:
+    lengths = np.array([outcome.num_response_tokens for outcome in outcomes])
+    rewards = np.array([outcome.reward for outcome in outcomes], np.float32)  # as a shard holds them
+    reasons = Counter(outcome.verdict for outcome in outcomes)
     metrics = {
-        "accuracy": reasons["correct"] / len(trajectories),
+        "accuracy": reasons["correct"] / len(outcomes),
         "reward_mean": float(rewards.mean(dtype=np.float64)),
         "response_tokens_mean": float(lengths.mean()),
         "response_tokens_max": float(lengths.max()),
-        "truncated_fraction": float(np.mean([t.finish_reason == "length" for t in trajectories])),
-        "num_trajectories": float(len(trajectories)),
+        "truncated_fraction": float(np.mean([outcome.finish_reason == "length" for outcome in outcomes])),
+        "num_trajectories": float(len(outcomes)),
         "num_response_tokens": float(lengths.sum()),
     }
     return metrics | {f"verdict_{reason}": float(reasons[reason]) for reason in get_args(VerdictReason)}

@@ -11,6 +11,7 @@ import numpy as np
 from reval_mcore.collector import Answerer
 from reval_mcore.config import EvaluationConfig
 from reval_mcore.randomness import stream_key
+from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt
 from reval_mcore.rollout.engine import SamplingParams
 from reval_mcore.verifiers import count_reasons
@@ -47,12 +48,16 @@ def evaluate(
     answerer: Answerer,
     prompts: Sequence[Prompt],
     config: EvaluationConfig,
+    ranks: Ranks,
     *,
     seed: int,
     max_response_tokens: int,
     stop_token_ids: tuple[int, ...],
 ) -> EvaluationResult:
-    """Every evaluation of a run draws the same random numbers, so that differences come from the weights."""
+    """Every evaluation of a run draws the same random numbers, so that differences come from the weights.
+
+    Collective: each rank answers its part of the prompts.
+    """
     prompts = prompts[: config.max_prompts]
     sampling = SamplingParams(
         max_response_tokens=max_response_tokens,
@@ -60,18 +65,21 @@ def evaluate(
         temperature=config.temperature,
         top_p=config.top_p,
     )
+    own = ranks.part(prompts)
     answered = answerer.answer(
-        prompts,
+        own,
         config.num_samples,
         sampling,
         lambda prompt, index: stream_key(seed, "evaluation", prompt.prompt_id, index),
     )
-    rewards = np.array([item.verdict.reward for item in answered]).reshape(len(prompts), config.num_samples)
+    verdicts = [verdict for part in ranks.gather([item.verdict for item in answered]) for verdict in part]
+    rewards = np.array([verdict.reward for verdict in verdicts]).reshape(len(prompts), config.num_samples)
     correct = rewards.sum(axis=1).astype(int).tolist()
     greedy = None
     if config.greedy:
         one_each = SamplingParams(max_response_tokens, stop_token_ids, temperature=0.0)
-        greedy = float(np.mean([item.verdict.reward for item in answerer.answer(prompts, 1, one_each, lambda *_: 0)]))
+        parts = ranks.gather([item.verdict.reward for item in answerer.answer(own, 1, one_each, lambda *_: 0)])
+        greedy = float(np.mean([reward for part in parts for reward in part]))
     return EvaluationResult(
         accuracy=float(rewards.mean()),
         pass_at_k={k: float(np.mean([pass_at_k(config.num_samples, c, k) for c in correct])) for k in config.pass_at_k},
@@ -81,5 +89,5 @@ def evaluate(
         temperature=config.temperature,
         top_p=config.top_p,
         max_response_tokens=max_response_tokens,
-        verdicts={**count_reasons(item.verdict for item in answered)},
+        verdicts={**count_reasons(verdicts)},
     )

@@ -16,11 +16,11 @@ from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.metrics import MetricsWriter, PhaseClock
 from reval_mcore.objectives import make_objective, make_targets
+from reval_mcore.ranks import Ranks
 from reval_mcore.records import Batch, Prompt, UpdateStats
-from reval_mcore.replay.buffer import ReplayBuffer
-from reval_mcore.replay.shards import SHARDS
 from reval_mcore.rollout.engine import RolloutEngine
 from reval_mcore.run_directory import Found, RunDirectory
+from reval_mcore.shared_replay import SharedReplay
 
 _CONSOLE = {
     "collect/accuracy": "accuracy",
@@ -53,14 +53,16 @@ class Trainer:
         engine: RolloutEngine,
         answerer: Answerer,
         collector: Collector,
-        replay: ReplayBuffer,
+        replay: SharedReplay,
         held_out: Sequence[Prompt],
         stop_token_ids: tuple[int, ...],
         directory: RunDirectory,
         checkpoints: Checkpoints,
-        metrics: MetricsWriter,
+        metrics: MetricsWriter | None,
         stop: StopSignals,
+        ranks: Ranks,
     ) -> None:
+        """All ranks of a run have one, and go through it together. `metrics` is the first rank's."""
         self.config = config
         self.learner = learner
         self.engine = engine
@@ -73,6 +75,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.stop = stop
+        self.ranks = ranks
         self.objective = make_objective(config.objective)
         self.clock = PhaseClock()
         self.progress = Progress()
@@ -83,9 +86,10 @@ class Trainer:
     def train(self) -> None:
         """One iteration: engine at policy version v; collect, admit, update K times; version v + 1 to the engine."""
         config, progress = self.config, self.progress
-        self.metrics.start_clock()
+        if self.metrics is not None:
+            self.metrics.start_clock()
         for iteration in range(progress.iteration, config.run.num_iterations):
-            if self.stop.reason is not None:
+            if self.stop_reason() is not None:
                 break
             collected = self.collect(iteration)
             fresh = self.admit(collected)
@@ -107,13 +111,17 @@ class Trainer:
         with self.clock.phase("collect"):
             return self.collector.collect(iteration)
 
+    def stop_reason(self) -> str | None:
+        """A signal that any of the ranks has had."""
+        return next((reason for reason in self.ranks.gather(self.stop.reason) if reason is not None), None)
+
     def admit(self, collected: Collected) -> np.ndarray:
         """Journal the fresh trajectories, evict the oldest, and have the reference score what is new: int64 rows."""
         with self.clock.phase("admit"):
-            fresh = self.replay.admit([collected.shard])
+            fresh = self.replay.admit(collected.shards)
         self.progress.num_trajectories += len(fresh)
         if self.config.checkpoint.interval == "never":  # no checkpoint will need what was evicted
-            self.replay.unlink_evicted(self.replay.first_live_row)
+            self.replay.unlink_evicted()
         self.score(fresh)
         return fresh
 
@@ -163,7 +171,7 @@ class Trainer:
             self.learner.reset_reference(version)
         self.progress.num_reference_resets += 1
         if self.config.reference.refresh == "eager":
-            self.score(self.replay.live_rows)
+            self.score(self.replay.live_rows())
 
     def measure_mismatch(self, fresh: np.ndarray) -> dict[str, float]:
         """Engine against learner: log-probabilities of the same tokens under the same weights. Never in the loss."""
@@ -184,6 +192,7 @@ class Trainer:
                     self.answerer,
                     self.held_out,
                     self.config.evaluation,
+                    self.ranks,
                     seed=self.config.run.seed,
                     max_response_tokens=self.config.rollout.max_response_tokens,
                     stop_token_ids=self.stop_token_ids,
@@ -201,10 +210,12 @@ class Trainer:
         updates: Sequence[UpdateStats],
         evaluation: EvaluationResult | None,
     ) -> None:
-        seconds = self.clock.take_step()
+        seconds, statistics = self.clock.take_step(), self.replay.statistics(iteration + 1)
+        if self.metrics is None:
+            return
         metrics = {f"collect/{name}": value for name, value in collected.metrics.items()}
         metrics |= mismatch | _update_metrics(updates)
-        metrics |= {f"replay/{name}": v for name, v in self.replay.statistics(iteration + 1).items()}
+        metrics |= {f"replay/{name}": value for name, value in statistics.items()}
         metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
         metrics |= {
             "progress/num_updates": float(self.progress.num_updates),
@@ -222,7 +233,8 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this moment; in the background where checkpoint.async_save says so."""
-        self.metrics.sync()  # the lines before a checkpoint must outlive a power cut too
+        if self.metrics is not None:
+            self.metrics.sync()  # the lines before a checkpoint must outlive a power cut too
         with self.clock.phase("checkpoint"):
             self.checkpoints.save(self.progress.iteration, asdict(self.progress) | {"seconds": self.seconds()})
 
@@ -238,19 +250,23 @@ class Trainer:
         if is_stopped or self.config.checkpoint.interval != "never":
             self.save()
             self.checkpoints.publish()
-        if not is_stopped:
-            write_json(self.directory.summary, self.summary(self.evaluate()))
-        reason = self.stop.reason if is_stopped and self.stop.reason is not None else "finished"
-        write_json(self.directory.exit_record, {"reason": reason, "iteration": self.progress.iteration})
-        return reason
+        reason = self.stop_reason() if is_stopped else None
+        evaluation = None if is_stopped else self.evaluate()
+        record = {"reason": reason or "finished", "iteration": self.progress.iteration}
+        if self.ranks.is_first:
+            if evaluation is not None:
+                write_json(self.directory.summary, self.summary(evaluation))
+            write_json(self.directory.exit_record, record)
+        return record["reason"]
 
     def resume(self, found: Found) -> None:
         """Go on from a checkpoint. What was collected after it is used again; journal and states go back to it."""
         self.progress = Progress(**self.checkpoints.restore(found.checkpoint))
         used: list[str] = []
+        pending = self.replay.pending_shards()
         if not found.changes:  # under other settings they would be another run's
-            used = self.collector.take_over(self.replay.directory / SHARDS, self.replay.pending_shards())
-        self.replay.discard_pending(keep=used)
+            used = self.collector.take_over(self.replay.shards, pending)
+        self.replay.discard_pending(keep=[name for names in self.ranks.gather(used) for name in names])
         self.publish_weights(self.progress.iteration)
 
     def seconds(self) -> dict[str, float]:

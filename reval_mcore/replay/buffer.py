@@ -264,8 +264,11 @@ class ReplayBuffer:
         )
 
     def sample(self, n: int, update_index: int) -> Batch:
-        """min(n, len(self)) different live rows; a function of (seed, update_index, journal position, live rows)."""
-        place = {"update_index": update_index, "journal_position": self.journal_position}
+        """min(n, len(self)) different live rows; a function of (seed, update_index, rows admitted so far, live rows).
+
+        Not of the journal position: that counts shards, and so how many processes collected.
+        """
+        place = {"update_index": update_index, "num_admitted": self._index.next_row}
         return self.batch(self._sampler.sample(self.live_rows, n, **place))
 
     def stale_rows(self, rows: np.ndarray, reference_version: int) -> np.ndarray:

@@ -13,7 +13,7 @@ SamplerName = Literal["uniform"]
 
 
 class Sampler(Protocol):
-    def sample(self, rows: np.ndarray, n: int, *, update_index: int, journal_position: int) -> np.ndarray:
+    def sample(self, rows: np.ndarray, n: int, *, update_index: int, num_admitted: int) -> np.ndarray:
         """min(n, len(rows)) different rows of `rows` (int64), in random order; a function of its arguments."""
         ...
 
@@ -24,9 +24,9 @@ class UniformSampler:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def sample(self, rows: np.ndarray, n: int, *, update_index: int, journal_position: int) -> np.ndarray:
+    def sample(self, rows: np.ndarray, n: int, *, update_index: int, num_admitted: int) -> np.ndarray:
         assert n >= 0, f"cannot draw {n} rows"
-        stream = generator(self._seed, "replay_sample", update_index, journal_position)
+        stream = generator(self._seed, "replay_sample", update_index, num_admitted)
         return stream.choice(rows, size=min(n, len(rows)), replace=False)
 
 

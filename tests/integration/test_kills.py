@@ -154,7 +154,7 @@ def test_the_runs_have_all_that_a_kill_can_hit(wholes: dict[Mode, Whole]) -> Non
         happened = {moment.event for moment in whole.moments}
         assert {f"enter {name}" for name in (START, *PHASES)} <= happened
         assert {
-            "remove replay/shards/inline-0000-000000.parquet",
+            "remove replay/shards/inline000-0000-000000.parquet",
             "rename checkpoints/.latest -> checkpoints/latest",
         } <= happened
         checkpoint = whole.outcome["checkpoints"]["step_000008"]
@@ -299,7 +299,7 @@ CHAINS: dict[str, tuple[Kill, ...]] = {
         Kill(r"rename control/\.exit\.json\.tmp -> .*"),
         Kill(r"leave process"),
     ),
-    "last-shards": (Kill(r"remove replay/shards/inline-0000-000002\.parquet"),),
+    "last-shards": (Kill(r"remove replay/shards/inline000-0000-000002\.parquet"),),
     "first-start": (
         Kill(r"mkdir checkpoints"),
         Kill(r"rename \.config\.toml\.tmp -> .*"),

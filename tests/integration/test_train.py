@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reval_mcore.config import load
+from reval_mcore.plan import make_plan
+from reval_mcore.plan.traffic import TOKEN_BYTES_ON_DISK
 from reval_mcore.replay.shards import read_trajectories
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +110,20 @@ def test_shards_that_no_kept_checkpoint_needs_are_removed(finished: Path) -> Non
     kept = sorted(path.stem for path in (finished / "replay" / "shards").iterdir())
     assert [name[-1] for name in kept] == ["1", "2", "3"]
     assert [path.name for path in (finished / "checkpoints").glob("step_*")] == ["step_000004"]
+
+
+def test_the_plan_of_the_run_was_right(finished: Path) -> None:
+    plan = make_plan(load(finished / "config.toml"), finished / "config.toml")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (plan.run.num_updates, plan.run.num_resets) == (summary["updates"], summary["reference_resets"])
+    assert plan.iteration.num_trajectories * 4 == summary["trajectories_generated"]
+    assert plan.gpu.num_parameters == summary["num_parameters"]
+    weights = (finished / "checkpoints" / "latest" / "weights").iterdir()
+    size = sum(path.stat().st_size for path in weights)
+    assert plan.checkpoint.bytes_each == pytest.approx(size, rel=0.1)  # such small tensors have headers that count
+    shards = (finished / "replay" / "shards").iterdir()
+    lengths = [len(t.prompt_tokens) + len(t.response_tokens) for path in shards for t in read_trajectories(path)]
+    assert sum(lengths) * TOKEN_BYTES_ON_DISK < plan.replay.disk_bytes
 
 
 @pytest.mark.parametrize("refresh", ["eager", "lazy"])

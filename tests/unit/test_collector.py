@@ -15,6 +15,7 @@ import pytest
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config, VerifierConfig
 from reval_mcore.prompts import prompts_for_iteration
+from reval_mcore.ranks import Ranks
 from reval_mcore.records import FinishReason, Prompt, Trajectory, VersionSpan
 from reval_mcore.replay.shards import ShardWriter, read_trajectories
 from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, SamplingParams
@@ -75,7 +76,7 @@ def make_collector(tmp_path: Path, verifier: VerifierPool, config: Config) -> tu
         template_hash="m",
     )
     tokenizer: Any = ByteTokenizer()
-    return Collector(config, PROMPTS, Answerer(engine, tokenizer, verifier), writer, (STOP,)), engine
+    return Collector(config, PROMPTS, Answerer(engine, tokenizer, verifier), writer, (STOP,), Ranks()), engine
 
 
 def collect(
@@ -83,7 +84,7 @@ def collect(
 ) -> tuple[list[Trajectory], dict[str, float], ScriptedEngine]:
     collector, engine = make_collector(tmp_path, verifier, config)
     collected = collector.collect(iteration)
-    return read_trajectories(tmp_path / "shards" / collected.shard), collected.metrics, engine
+    return read_trajectories(tmp_path / "shards" / collected.shards[0]), collected.metrics, engine
 
 
 def config(**sections: Any) -> Config:
@@ -152,17 +153,17 @@ def test_shards_left_behind_are_used_and_report_the_same(tmp_path: Path, verifie
     first, _ = make_collector(tmp_path, verifier, config(reward={"truncation": "mask"}))
     before = [first.collect(iteration) for iteration in (4, 5, 6)]
     shards = tmp_path / "shards"
-    damaged = shards / before[2].shard
+    damaged = shards / before[2].shards[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     other, _ = make_collector(tmp_path, verifier, config(rollout={"num_prompts": 2, "num_responses": 4}))
     part = other.collect(7)
 
     resumed, engine = make_collector(tmp_path, verifier, config(reward={"truncation": "mask"}))
-    names = [each.shard for each in (*before, part)]
-    assert resumed.take_over(shards, names) == [before[0].shard, before[1].shard]
+    names = [each.shards[0] for each in (*before, part)]
+    assert resumed.take_over(shards, names) == [before[0].shards[0], before[1].shards[0]]
     assert [resumed.collect(iteration) for iteration in (4, 5)] == before[:2]
     assert engine.seeds == []
     again = resumed.collect(6)
     assert (again.metrics, again.samples) == (before[2].metrics, before[2].samples)
-    assert again.shard != before[2].shard
+    assert again.shards[0] != before[2].shards[0]
     assert len(engine.seeds) == 12
