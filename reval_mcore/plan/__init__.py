@@ -88,8 +88,14 @@ def make_plan(
         raise ValueError(f"--gpu-memory-gib = {gpu_memory_gib:g}: no size of a GPU; give one > 0")
     spec, architecture = find_architecture(config, config_path)
     check_layout(config.parallel, spec, world_size)
-    gpus: dict[Granularity, GpuMemory] = {each: gpu_memory(config, spec, world_size, each) for each in GRANULARITIES}
-    gpu = gpus[config.parallel.recompute_granularity]
+    stages: dict[Granularity, list[GpuMemory]] = {
+        each: list(gpu_memory(config, spec, world_size, each)) for each in GRANULARITIES
+    }
+    gpus: dict[Granularity, GpuMemory] = {
+        each: max(of, key=lambda stage: stage.training_bytes) for each, of in stages.items()
+    }
+    num_shards = num_optimizer_shards(config.parallel, world_size)
+    hosts = [host_memory(config, stage, num_shards) for stage in stages["none"]]
     iteration, run = plan_iteration(config), plan_run(config)
     return Plan(
         config=config,
@@ -99,9 +105,9 @@ def make_plan(
         gpu_memory_bytes=round(gpu_memory_gib * GIB),
         world=_world(config, world_size),
         num_parameters=num_model_parameters(spec),
-        gpu=gpu,
+        gpu=gpus[config.parallel.recompute_granularity],
         gpu_by_granularity=gpus,
-        host=host_memory(config, gpu, num_optimizer_shards(config.parallel, world_size)),
+        host=max(hosts, key=lambda host: host.peak_bytes),
         iteration=iteration,
         schedule=plan_schedule(config, iteration, world_size),
         replay=plan_replay(config, iteration),

@@ -15,7 +15,13 @@ from typing import Literal
 from reval_mcore.architecture import ModelSpec
 from reval_mcore.config import Config, ParallelConfig
 from reval_mcore.layout import data_parallel_size
-from reval_mcore.plan.parameters import key_size, num_model_parameters, num_stage_parameters, query_size
+from reval_mcore.plan.parameters import (
+    key_size,
+    num_bucket_parameters,
+    num_model_parameters,
+    num_stage_parameters,
+    query_size,
+)
 
 Granularity = Literal["none", "selective", "full"]
 GRANULARITIES: tuple[Granularity, ...] = ("none", "selective", "full")
@@ -90,6 +96,7 @@ class GpuMemory:
 
     stage: int
     num_parameters: int
+    num_bucket_parameters: int
     num_micro_batches_in_flight: int
     weights_bytes: int
     gradients_bytes: int
@@ -99,7 +106,7 @@ class GpuMemory:
     head_bytes: int  # 0 on all stages but the last
     layer_bytes: int  # backward pass of a layer, with what it computes again
     step_bytes: int  # the optimizer step's largest temporary
-    save_bytes: int  # a checkpoint: one of the optimizer's three tensors, gathered over the data-parallel ranks
+    save_bytes: int  # a checkpoint: a bucket of one of the optimizer's three tensors, gathered over ranks
     generation_bytes: int  # the embedded engine at work: its cache, or the prompts' pass through an MLP
 
     @property
@@ -122,12 +129,8 @@ class GpuMemory:
         return max(self.training_bytes + self.engine_bytes, self.resident_bytes + self.generation_bytes)
 
 
-def gpu_memory(config: Config, spec: ModelSpec, world_size: int, granularity: Granularity) -> GpuMemory:
-    """Of the rank that needs most, at full micro-batches. One process holds one engine, with a whole model."""
-    return max(_stages(config, spec, world_size, granularity), key=lambda stage: stage.training_bytes)
-
-
-def _stages(config: Config, spec: ModelSpec, world_size: int, granularity: Granularity) -> Iterator[GpuMemory]:
+def gpu_memory(config: Config, spec: ModelSpec, world_size: int, granularity: Granularity) -> Iterator[GpuMemory]:
+    """Of a rank of each pipeline stage, at full micro-batches. One process holds one engine, with a whole model."""
     parallel, e = config.parallel, element_bytes(config)
     pp, cp = parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     tokens = -(-config.updates.max_tokens_per_micro_batch // cp)
@@ -139,12 +142,16 @@ def _stages(config: Config, spec: ModelSpec, world_size: int, granularity: Granu
     for stage in range(pp):
         is_last = stage == pp - 1
         number = num_stage_parameters(spec, parallel, stage)
+        bucket = num_bucket_parameters(
+            spec, parallel, stage, data_parallel_size=data_parallel_size(parallel, world_size)
+        )
         in_flight = pp - stage  # of the 1F1B schedule, where there are that many
         layers = spec.num_layers // pp * kept * in_flight
         final_norm = layer_bytes_per_token(spec, parallel, e, "full") * 2 if is_last else 0
         yield GpuMemory(
             stage=stage,
             num_parameters=number,
+            num_bucket_parameters=bucket,
             num_micro_batches_in_flight=in_flight,
             weights_bytes=e * number,
             gradients_bytes=4 * number,
@@ -154,7 +161,7 @@ def _stages(config: Config, spec: ModelSpec, world_size: int, granularity: Granu
             head_bytes=round(tokens * head_bytes_per_token(spec, parallel)) if is_last else 0,
             layer_bytes=round(tokens * (again + _mlp_backward_bytes_per_token(spec, parallel, e))),
             step_bytes=4 * number // num_shards,
-            save_bytes=(4 * number + 4 * number // num_shards) if config.checkpoint.interval != "never" else 0,
+            save_bytes=4 * bucket + 4 * bucket // num_shards if config.checkpoint.interval != "never" else 0,
             generation_bytes=_generation_bytes(config, spec, e),
         )
 
@@ -190,17 +197,17 @@ class HostMemory:
 
 
 def host_memory(config: Config, gpu: GpuMemory, num_shards: int) -> HostMemory:
-    """For a checkpoint every rank has the optimizer's three fp32 tensors whole on its host, gathered one by one.
+    """For a checkpoint every rank has the optimizer's three fp32 tensors whole on its host, gathered bucket by bucket.
 
-    While it gathers there are beside them its own shards, and of a tensor the shards received, their concatenation, and
-    that of the tensor before; while it writes, a clone of each part, and the weights.
+    While it gathers there are beside them, of a bucket, its own shards, and of one tensor the shards received, their
+    concatenation, and that of the tensor before; while it writes, a clone of each part, and the weights.
     """
-    state = 12 * gpu.num_parameters
+    state, bucket = 12 * gpu.num_parameters, 12 * gpu.num_bucket_parameters
     saves = config.checkpoint.interval != "never"
     return HostMemory(
         reference_bytes=gpu.weights_bytes,
         swap_bytes=gpu.weights_bytes,
         loading_bytes=gpu.engine_bytes,
-        save_bytes=2 * state + max(state // num_shards, gpu.weights_bytes) if saves else 0,
+        save_bytes=state + max(bucket + bucket // num_shards, state + gpu.weights_bytes) if saves else 0,
         background_bytes=state + 2 * gpu.weights_bytes if saves and config.checkpoint.async_save else 0,
     )

@@ -37,6 +37,19 @@ def num_stage_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) 
     return layers + table * (is_first + has_output_layer) + spec.hidden_size * is_last
 
 
+def num_bucket_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int, *, data_parallel_size: int) -> int:
+    """At most, of the largest bucket of gradients: what is reduced, and gathered for a checkpoint, at a time.
+
+    megatron-core makes several where their reduction overlaps the backward pass, and on the first stage only.
+    """
+    number = num_stage_parameters(spec, parallel, stage)
+    if not parallel.overlap_grad_reduce or stage > 0:
+        return number
+    tp = parallel.tensor_model_parallel_size
+    largest_parameter = spec.hidden_size * max(spec.padded_vocab_size(tp), 2 * spec.ffn_hidden_size) // tp
+    return min(number, max(40_000_000, 1_000_000 * data_parallel_size) + largest_parameter)
+
+
 def num_model_parameters(spec: ModelSpec, *, vocab_size: int | None = None) -> int:
     """Of the whole model as Hugging Face has it, a tied table counted once; or with another number of rows in it."""
     num_tables = 1 if spec.tied_embeddings else 2

@@ -57,8 +57,8 @@ def _model(plan: Plan) -> Iterator[Row]:
     yield "vocabulary", f"{spec.vocab_size:,}", f"padded to {padded:,}; {tied}"
     yield "positions", f"{spec.max_position_embeddings:,}", ""
     yield "parameters", _count(plan.num_parameters), f"{plan.num_parameters:,}"
-    stage = f", pipeline stage {plan.gpu.stage}" if world.pipeline_model_parallel_size > 1 else ""
-    yield "  on the largest rank", _count(plan.gpu.num_parameters), f"{plan.gpu.num_parameters:,}{stage}"
+    stage = f", on pipeline stage {plan.gpu.stage}" if world.pipeline_model_parallel_size > 1 else ""
+    yield "  on one rank", _count(plan.gpu.num_parameters), f"{plan.gpu.num_parameters:,}{stage}"
 
 
 def _processes(plan: Plan) -> Iterator[Row]:
@@ -80,7 +80,7 @@ def _gpu(plan: Plan) -> Iterator[Row]:
     yield "gradients", _size(gpu.gradients_bytes), "fp32"
     num_shards = plan.world.data_parallel_size * plan.world.context_parallel_size
     yield "optimizer", _size(gpu.optimizer_bytes), f"Adam in fp32, one of {num_shards} shards"
-    in_flight = plan.world.pipeline_model_parallel_size - gpu.stage
+    in_flight = gpu.num_micro_batches_in_flight
     what = "a micro-batch" if in_flight == 1 else f"{in_flight} micro-batches"
     tokens = f"{what} of {config.updates.max_tokens_per_micro_batch:,} tokens"
     yield "+ activations", _size(gpu.activations_bytes), f"{tokens}; {_attention(plan)}"
@@ -93,16 +93,16 @@ def _gpu(plan: Plan) -> Iterator[Row]:
     yield "embedded engine", _size(gpu.engine_bytes), "a whole model"
     remark = f"{config.rollout.max_batch_size} sequences of full length, in place of activations"
     yield "+ generation", _size(gpu.generation_bytes), remark
-    yield "= at most", _size(gpu.peak_bytes), f"{gpu.peak_bytes / plan.gpu_memory_bytes:.0%} of {_limit(plan)}"
+    yield (
+        "= at most",
+        _size(gpu.peak_bytes),
+        f"{gpu.peak_bytes / plan.gpu_memory_bytes:.0%} of {plan.gpu_memory_bytes / GIB:g} GiB",
+    )
     yield "  not counted", "", "CUDA context, NCCL, fragmentation: some GiB"
 
 
 def _attention(plan: Plan) -> str:
     return "the local attention pads" if plan.config.model.implementation == "local" else "flash attention"
-
-
-def _limit(plan: Plan) -> str:
-    return f"{plan.gpu_memory_bytes / GIB:g} GiB"
 
 
 def _host(plan: Plan) -> Iterator[Row]:
@@ -127,7 +127,7 @@ def _iteration(plan: Plan) -> Iterator[Row]:
     )
     yield "tokens, at most", _count(iteration.max_tokens), f"{iteration.max_length_tokens:,} each"
     yield "  typical", _count(iteration.typical_tokens), f"taken as {TYPICAL_FRACTION:g} of the most"
-    yield "updates", str(config.updates.per_iteration), f"of {schedule.num_trajectories:,} trajectories or more"
+    yield "updates", str(config.updates.per_iteration), f"the smallest of {schedule.num_trajectories:,} trajectories"
     yield (
         "micro-batches a rank",
         f"{schedule.typical_num_micro_batches:,}",

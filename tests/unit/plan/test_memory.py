@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from reval_mcore.architecture import ModelSpec, read_config_json, read_spec
+from reval_mcore.architecture import FAMILIES, Family, ModelSpec, read_config_json, read_spec
 from reval_mcore.config import ParallelConfig
 from reval_mcore.mcore.hf_mapping import global_names, hf_names, hf_shapes, to_shard
 from reval_mcore.mcore.learner import Learner
@@ -125,9 +125,13 @@ def test_published_numbers_of_parameters(name: str, number: int) -> None:
     assert num_model_parameters(read_config_json(ARCHITECTURES / f"{name}.json")) == number
 
 
-def test_query_and_key_norms_of_other_families_are_counted() -> None:
+def test_a_family_with_other_norms_and_no_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "other", Family(qk_layernorm=True))
     spec = read_config_json(ARCHITECTURES / "Qwen2.5-Math-7B.json")
-    assert num_layer_parameters(spec, 1) - num_layer_parameters(spec, 4) * 4 == -3 * 2 * spec.hidden_size
+    spec = dataclasses.replace(spec, model_type="other")
+    assert num_model_parameters(spec) == sum(np.prod(shape) for shape in hf_shapes(spec).values())
+    norms = 2 * spec.hidden_size + 2 * spec.kv_channels
+    assert num_layer_parameters(spec, 4) - norms == (num_layer_parameters(spec, 1) - norms) / 4
 
 
 def test_the_demos_architecture_is_the_one_that_its_tool_makes(tmp_path: Path) -> None:

@@ -23,9 +23,6 @@ from reval_mcore.replay.shards import SHARDS, ShardWriter, read_shard
 from tests.builders import make_config, save_qwen2
 from tests.plans import CONFIGS, SHIPPED, planned, shipped
 
-FP32: dict[str, Any] = {"implementation": "local", "precision": "fp32"}
-
-
 # ---------------------------------------------------------------- files and flows
 
 
@@ -106,6 +103,14 @@ def test_the_run() -> None:
     ragged = shipped("paper_7b", "checkpoint.interval=400")
     assert (ragged.run.num_checkpoints, ragged.checkpoint.num_kept) == (2, 2)  # the second after the last iteration
     assert shipped("paper_7b", "checkpoint.interval=never").gpu.save_bytes == 0
+
+
+def test_a_checkpoint_gathers_bucket_by_bucket_where_there_are_several() -> None:
+    """At most 40 M parameters, and one more: the embedding's 136 M."""
+    several, one = (shipped("paper_7b", f"parallel.overlap_grad_reduce={each}").gpu for each in ("true", "false"))
+    assert one.num_bucket_parameters == one.num_parameters
+    assert several.num_bucket_parameters == 40_000_000 + 152064 * 3584 // 4
+    assert (several.save_bytes, one.save_bytes) == (6 * several.num_bucket_parameters, 6 * one.num_parameters)
 
 
 # ---------------------------------------------------------------- what is said
