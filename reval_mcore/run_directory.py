@@ -44,6 +44,7 @@ class Found:
 
     checkpoint: Path
     changes: tuple[str, ...]  # all of them accepted
+    had_other_settings: bool  # at this start or any before it: shards left behind may be of those
 
 
 class RunDirectory:
@@ -54,6 +55,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.exit_record = path / "control" / "exit.json"
+        self.had_other_settings = path / "control" / "had_other_settings"  # a mark; stays once it is there
         self.attempts = path / "logs"
         self._lock: IO[str] | None = None
 
@@ -80,9 +82,11 @@ class RunDirectory:
         for directory in (self.checkpoints, self.exit_record.parent):
             directory.mkdir(parents=True, exist_ok=True)
         self._config, self._inputs = dumps(config), dict(inputs)
+        if changes:
+            write_text(self.had_other_settings, "\n".join(changes) + "\n")
         write_text(self.path / CONFIG, self._config)  # before anything goes: where nothing can be written, nothing does
         self._sweep(latest)
-        return None if latest is None else Found(latest, changes)
+        return None if latest is None else Found(latest, changes, self.had_other_settings.exists())
 
     def _refuse_what_is_no_run(self) -> None:
         """Raises ValueError where files lie in the places of a run's, and no run: a start would sweep them away."""

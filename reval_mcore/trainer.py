@@ -264,7 +264,7 @@ class Trainer:
         self.progress = Progress(**self.checkpoints.restore(found.checkpoint))
         used: list[str] = []
         pending = self.replay.pending_shards()
-        if not found.changes:  # under other settings they would be another run's
+        if not found.had_other_settings:  # under other settings they would be another run's
             used = self.collector.take_over(self.replay.shards, pending)
         self.replay.discard_pending(keep=[name for names in self.ranks.gather(used) for name in names])
         self.publish_weights(self.progress.iteration)

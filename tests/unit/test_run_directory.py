@@ -171,6 +171,20 @@ def test_accepted_changes_are_said_until_a_checkpoint_holds_them(
     assert found.changes == ()
 
 
+def test_a_run_that_once_had_other_settings_is_known_for_it(tmp_path: Path) -> None:
+    """Back at the old settings, shards that were written under the others must not be taken for this run's."""
+    directory = RunDirectory(tmp_path)
+    config = make_config(tmp_path)
+    directory.open(config, inputs={})
+    publish(directory, 2)
+    seen = []
+    for each in (config, make_config(tmp_path, optimizer={"lr": 2e-3}), config):
+        found = directory.open(each, inputs={})
+        assert found is not None
+        seen.append((bool(found.changes), found.had_other_settings))
+    assert seen == [(False, False), (True, True), (False, True)]
+
+
 def test_other_versions_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = RunDirectory(tmp_path)
     directory.open(make_config(tmp_path), inputs={})
