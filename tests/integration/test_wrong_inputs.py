@@ -85,7 +85,9 @@ def check_form(message: str) -> None:
     assert not re.search(r"Traceback|\[Errno|Error:|Warning", message)
     first, *rest = message.splitlines()
     if first.startswith("usage: "):  # argparse's own
-        assert len(rest) == 1
+        *wrapped, error = rest
+        assert all(line.startswith("  ") for line in wrapped)
+        assert re.match(r"reval( \w+)?: error: \S", error)
         return
     assert re.match(r"reval (train|eval|export|report): \S", first)
     assert all(line.startswith("  ") for line in rest)  # one message
