@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +28,26 @@ class Problem:
         return f"{self.path}{shown}: {self.remedy}"
 
 
-class _Missing:
-    def __repr__(self) -> str:
-        return "MISSING"
+class _Missing(enum.Enum):
+    """The one value of its type, on the far side of a pickle too."""
+
+    MISSING = enum.auto()
 
 
-MISSING = _Missing()
+MISSING = _Missing.MISSING
 
 
 class ConfigError(ValueError):
     """All problems of one configuration."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        super().__init__(source, problems)  # what pickle makes it of again, on the other ranks of a run
+        self.source = source
         self.problems = tuple(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
+
+    def __str__(self) -> str:
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        return "\n  ".join([f"{self.source}: {count}", *map(str, self.problems)])
 
 
 _MAX_VALUE_CHARS = 200  # a list of every prompt's id in the wrong place need not fill the screen

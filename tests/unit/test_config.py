@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,18 @@ from typing import Any
 import pytest
 import tomli_w
 
-from reval_mcore.config import Config, ConfigError, check_fields, dumps, in_words, is_due, load, parse, read_json
+from reval_mcore.config import (
+    MISSING,
+    Config,
+    ConfigError,
+    check_fields,
+    dumps,
+    in_words,
+    is_due,
+    load,
+    parse,
+    read_json,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "configs").glob("**/*.toml"))
@@ -278,3 +290,12 @@ def test_a_key_too_many_does_not_hide_what_is_wrong_between_sections() -> None:
         load(Path(__file__).parents[2] / "configs" / "demo.toml", overrides)
     paths = [problem.path for problem in error.value.problems]
     assert sorted(paths) == ["optimizer.lr", "replay.capacity", "rollout.num_respones", "updates.batch_size"]
+
+
+def test_an_error_is_the_same_after_a_pickle() -> None:
+    """It goes from the rank that finds it to the others."""
+    with pytest.raises(ConfigError) as caught:
+        parse(changed(rollout__num_respones=4, optimizer__lr="fast") | {"replay": {}}, source="a.toml")
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (str(error), error.problems) == (str(caught.value), caught.value.problems)
+    assert any(problem.value is MISSING for problem in error.problems)
