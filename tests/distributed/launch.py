@@ -3,7 +3,8 @@
 The parent hosts the store for the rendezvous on a port that the system gives, so runs side by side cannot collide. Each
 process gets torchrun's environment, and a session of its own, so that what it starts is ended with it.
 
-As a program this is one such process: `python -m tests.distributed.launch MODULE:FUNCTION JSON_ARGUMENTS DEADLINE_S`.
+As a program this is one such process: `python -m tests.distributed.launch MODULE:FUNCTION JSON_ARGUMENTS ENDS_AT_S`,
+where the last is a time of `time.monotonic()`, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 _ROOT = Path(__file__).parents[2]
-_GRACE_S = 5.0  # a stuck process says where it hangs and ends itself; the parent kills it this much later
+_GRACE_S = 5.0  # stuck processes say where they hang and end themselves; the parent kills them this much later
 _POLL_S = 0.05
 
 
@@ -50,6 +51,7 @@ def run_distributed(
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
     processes: list[subprocess.Popen[bytes]] = []
+    ends_at_s = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as directory:
         logs = [Path(directory) / f"{rank}.log" for rank in range(world_size)]
         try:
@@ -59,7 +61,7 @@ def run_distributed(
                         subprocess.Popen(
                             [
                                 *(sys.executable, "-W", "ignore", "-m", __name__),
-                                *(function_path, json.dumps(dict(arguments or {})), str(timeout_s)),
+                                *(function_path, json.dumps(dict(arguments or {})), str(ends_at_s)),
                             ],
                             cwd=_ROOT,
                             env=_environment(rank, world_size, store.port),
@@ -69,7 +71,7 @@ def run_distributed(
                             start_new_session=True,
                         )
                     )
-            _wait(processes, logs, deadline=time.monotonic() + timeout_s + _GRACE_S)
+            _wait(processes, logs, hard_deadline=ends_at_s + _GRACE_S)
             return [log.read_text(errors="replace") for log in logs]
         finally:
             for process in processes:
@@ -92,31 +94,34 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], *, deadline: float) -> None:
-    """Until all have ended well. A rank that hangs ends itself at its own deadline, with a report."""
+def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], *, hard_deadline: float) -> None:
+    """Until all have ended well. Ranks that hang end themselves at their deadline, each with a report."""
     while True:
         codes = [process.poll() for process in processes]
         if all(code == 0 for code in codes):
             return
-        if any(code not in (None, 0) for code in codes):
+        failed = [code not in (None, 0) for code in codes]
+        is_late = any(failed) and any(_TIMED_OUT in log.read_text(errors="replace") for log in logs)
+        if time.monotonic() > hard_deadline or (is_late and None not in codes):
+            raise DeadlinePassed(_told(logs, codes, [code != 0 for code in codes]))
+        if any(failed) and not is_late:
             # a rank that meets the hole that another left fails too: show both
-            said = "\n".join(_labelled(logs, [process.poll() for process in processes]))
-            raise DeadlinePassed(said) if _TIMED_OUT in said else RankFailed(said)
-        if time.monotonic() > deadline:
-            raise DeadlinePassed("\n".join(_labelled(logs, codes)))
+            codes = [process.poll() for process in processes]
+            raise RankFailed(_told(logs, codes, [code not in (None, 0) for code in codes]))
         time.sleep(_POLL_S)
 
 
 _TIMED_OUT = "Timeout ("  # how faulthandler begins its report
 
 
-def _labelled(logs: list[Path], codes: list[int | None]) -> Iterator[str]:
-    """What each rank printed; of the failed ones alone where some failed."""
-    failed = [code not in (None, 0) for code in codes]
-    for rank, (log, code) in enumerate(zip(logs, codes, strict=True)):
-        if failed[rank] or not any(failed):
-            status = "still running" if code is None else f"ended with status {code}"
-            yield f"---- rank {rank}, {status}\n{log.read_text(errors='replace')}"
+def _told(logs: list[Path], codes: list[int | None], shown: list[bool]) -> str:
+    """What the ranks that are to be shown printed."""
+    states = ["still running" if code is None else f"ended with status {code}" for code in codes]
+    return "\n".join(
+        f"---- rank {rank}, {states[rank]}\n{log.read_text(errors='replace')}"
+        for rank, log in enumerate(logs)
+        if shown[rank]
+    )
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
@@ -144,8 +149,8 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _main(function_path: str, arguments: str, deadline_s: str) -> None:
-    faulthandler.dump_traceback_later(float(deadline_s), exit=True)
+def _main(function_path: str, arguments: str, ends_at_s: str) -> None:
+    faulthandler.dump_traceback_later(max(float(ends_at_s) - time.monotonic(), 0.1), exit=True)
     module, _, function = function_path.partition(":")
     try:
         getattr(importlib.import_module(module), function)(**json.loads(arguments))

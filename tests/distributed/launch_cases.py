@@ -1,4 +1,4 @@
-"""What the ranks do in test_launch.py."""
+"""What the ranks do in test_launch.py. torch is imported where it is used: the others have short deadlines."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 
 def _write_down(directory: str, pid: int) -> None:
     (Path(directory) / str(pid)).touch()
 
 
 def sum_of_ranks(word: str) -> None:
+    import torch
+    import torch.distributed as dist
+
     dist.init_process_group("gloo")
     total = torch.tensor(dist.get_rank())
     dist.all_reduce(total)
@@ -27,6 +27,8 @@ def sum_of_ranks(word: str) -> None:
 
 
 def second_rank_raises(directory: str) -> None:
+    import torch.distributed as dist
+
     _write_down(directory, os.getpid())
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
@@ -37,6 +39,8 @@ def second_rank_raises(directory: str) -> None:
 
 
 def second_rank_exits(directory: str) -> None:
+    import torch.distributed as dist
+
     _write_down(directory, os.getpid())
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
