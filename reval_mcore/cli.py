@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     report.set_defaults(execute=_report)
     return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options; argparse finds those after one only as something unknown."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if "overrides" in arguments:
+        arguments.overrides = [*arguments.overrides, *(word for word in unknown if not word.startswith("-"))]
+        unknown = [word for word in unknown if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +176,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for an error of the user, told in one message. Ours are tracebacks, with status 1."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[console])
@@ -171,12 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.execute(arguments)
     except KeyboardInterrupt:
         if arguments.debug:
-            raise
+            traceback.print_exc()
         print(f"reval {arguments.command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except UserError as error:
         if arguments.debug:
-            raise
+            traceback.print_exception(error.__cause__)
         print(f"reval {arguments.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -224,6 +224,7 @@ SETTINGS: Mapping[str, Case] = {
     "extends_a_number": case(train(), file("config.toml", "extends = 3\n")),
     "override_without_a_value": case(train("run.seed")),
     "override_of_a_section": case(train("run=3")),
+    "override_after_an_option": case(train("run.seed=1", "--dry-run", "run.seed=one", "--world-size=2", "run.sed=1")),
 }
 
 MODEL: Mapping[str, Case] = {
@@ -346,6 +347,14 @@ COMMANDS: Mapping[str, Case] = {
     "report_of_a_damaged_line": case(("report", "run"), file("run/metrics.jsonl", f"{OF_A_RUN}iteration 1\n")),
     "report_of_something_else": case(("report", "run"), file("run/metrics.jsonl", '{"step": 0, "loss": 0.5}\n')),
     "report_may_not_write": case(("report", "run"), file("run/metrics.jsonl", OF_A_RUN), locked("run", 0o555)),
+    "plan_without_its_option": case(train("--world-size", "2")),
+    "plan_of_no_processes": case(train("--dry-run", "--world-size", "0")),
+    "plan_of_no_memory": case(train("--dry-run", "--gpu-memory-gib", "0")),
+    "plan_of_a_layout_that_cannot_work": case(
+        train("--dry-run", "--world-size", "6", "parallel.tensor_model_parallel_size=4")
+    ),
+    "plan_of_an_absent_model": case(train("--dry-run", "model.hf_path=modle")),
+    "unknown_option": case(train("--dryrun", "run.seed=1")),
     "unknown_command": case(("trian", "config.toml")),
     "no_command": case(()),
     "no_config": case(("train",)),
