@@ -152,6 +152,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         found = ranks.share(lambda: directory.open(config, inputs=inputs, allow_changed=allow_changed))
         stack.enter_context(_log_to(ranks.share(directory.begin_attempt), found, ranks))
         learner = Learner(config, topology)
+        logger.info("%s processes on %s, with %s", topology.world_size, topology.device, learner.kernels)
         engine = _make_engine(config, topology)
         stack.callback(engine.close)
         verifier = stack.enter_context(VerifierPool(config.verifier))

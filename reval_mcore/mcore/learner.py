@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from reval_mcore.architecture import read_spec
 from reval_mcore.config import Config
 from reval_mcore.mcore import checkpoint, hf_mapping
-from reval_mcore.mcore.model import build_model
+from reval_mcore.mcore.model import build_model, resolve_implementation
 from reval_mcore.mcore.optimizer import Optimizer
 from reval_mcore.mcore.passes import Passes, wrap_model
 from reval_mcore.mcore.reference import WeightCopies
@@ -27,6 +27,7 @@ from reval_mcore.records import Batch, Objective, Scores, Targets, UpdateStats
 class Learner:
     def __init__(self, config: Config, topology: Topology) -> None:
         self.topology = topology
+        self._config = config
         self.spec = read_spec(Path(config.model.hf_path))
         self.num_updates = 0  # optimizer steps taken
         self.reference_version = 0  # policy version that the reference is a copy of
@@ -54,6 +55,15 @@ class Learner:
     def num_parameters(self) -> int:
         """On this rank."""
         return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What computes here, of what may be installed: for the log."""
+        return {
+            "layers": {"te": "Transformer Engine", "local": "torch"}[resolve_implementation(self._config.model)],
+            "weight gradients": "fused" if self._model.config.gradient_accumulation_fusion else "added by torch",
+            "Adam": self._optimizer.name,
+        }
 
     # ------------------------------------------------------------ forward only
 

@@ -39,6 +39,14 @@ def resolve_implementation(config: ModelConfig) -> str:
     return "te" if can_run and config.implementation != "local" else "local"
 
 
+def fuses_weight_gradients(topology: Topology) -> bool:
+    """Whether a weight's gradient GEMM adds to the gradient buffer itself.
+
+    The kernel is Apex's; the output layer, which is megatron-core's own in every case, refuses the setting without it.
+    """
+    return topology.device.type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def transformer_config(spec: ModelSpec, config: ModelConfig, topology: Topology) -> TransformerConfig:
     bf16 = config.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -77,11 +85,11 @@ def transformer_config(spec: ModelSpec, config: ModelConfig, topology: Topology)
         # weights are loaded, not drawn; a model on the CPU cannot be made by the GPU initialisation
         perform_initialization=False,
         use_cpu_initialization=topology.device.type == "cpu",
-        # fused kernels come with Transformer Engine and Apex
+        gradient_accumulation_fusion=fuses_weight_gradients(topology),
+        # there is no bias, dropout or masked softmax to fuse
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )

@@ -106,6 +106,12 @@ class Optimizer:
         self._scheduler.step(increment=1)
         return float(self._optimizer.param_groups[0]["lr"])
 
+    @property
+    def name(self) -> str:
+        """The class that steps: Transformer Engine's or Apex's fused one where megatron-core finds it, or torch's."""
+        inner: Any = _parts(self._optimizer)[0]
+        return f"{type(inner.optimizer).__module__}.{type(inner.optimizer).__qualname__}"
+
     def adam_steps(self) -> set[int]:
         """Distinct values of Adam's per-parameter step counters on this rank; one value, the number of steps taken."""
         return {

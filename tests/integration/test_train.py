@@ -82,6 +82,7 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     assert {"collect", "score", "update", "evaluate"} <= set(summary["seconds"])
     assert (finished / "config.toml").is_file()
     assert list((finished / "tensorboard").iterdir())
+    assert "torch.optim.adamw.AdamW" in (finished / "logs" / "attempt_000" / "rank_000.log").read_text()
     records = metrics(finished)
     assert [record["iteration"] for record in records] == [0, 1, 2, 3]
     assert records[-1]["replay/size"] == 40
@@ -175,6 +176,60 @@ def test_a_signal_finishes_the_iteration_saves_and_says_so(
     train(tiny_model, run)
     assert metrics(run) == metrics(finished)
     assert json.loads((run / "control" / "exit.json").read_text())["reason"] == "finished"
+
+
+def test_the_second_ctrl_c_stops_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-m", "reval_mcore.cli", "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        for awaited in ("[1/4]", "SIGINT: stopping at the end of this iteration; Ctrl-C stops at once"):
+            assert any(line.startswith(awaited) for line in lines)
+            process.send_signal(signal.SIGINT)
+        rest = "".join(lines)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT, rest
+    assert rest.endswith("reval train: interrupted\n")
+    assert "Traceback" not in rest
+    assert json.loads((run / "control" / "exit.json").read_text())["error"].startswith("KeyboardInterrupt")
+
+
+WITH_A_FAULT = """
+import sys
+from reval_mcore.cli import main
+from reval_mcore.trainer import Trainer
+def collect(self, iteration): raise RuntimeError("a fault of ours")
+Trainer.collect = collect
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_error_of_ours_is_a_traceback_with_the_place_of_the_log(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = (sys.executable, "-c", WITH_A_FAULT, "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    log = run / "logs" / "attempt_000" / "rank_000.log"
+    told = done.stderr.replace("[rank0]: ", "")  # torch's, where it has process groups
+    assert told.startswith("Traceback")
+    assert told.endswith(f"RuntimeError: a fault of ours\nthe log of this attempt: {log}\n")
+    assert "RuntimeError: a fault of ours" in log.read_text()
+    record = json.loads((run / "control" / "exit.json").read_text())
+    assert record == {"reason": "error", "error": "RuntimeError: a fault of ours"}
+
+
+def test_debug_shows_where_an_error_of_the_user_arose(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = ("train", "configs/demo.toml", *paths_of(tiny_model, tmp_path / "run"), "optimizer.lr=fast")
+    plain, debug = reval(*arguments), reval("--debug", *arguments)
+    assert (plain.returncode, debug.returncode) == (2, 2)
+    assert debug.stderr.startswith("Traceback")
+    assert debug.stderr.endswith(plain.stderr)
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_refused_by_file(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
