@@ -115,10 +115,19 @@ def make_batch(
     max_response: int = 24,
     holes: bool = True,
     unjudged: bool = False,
+    lengths: Sequence[int] = (),
 ) -> Batch:
-    """Random ragged trajectories; with `holes`, loss masks as of several turns; with `unjudged`, rows of no verdict."""
+    """Random ragged trajectories; with `holes`, loss masks as of several turns; with `unjudged`, rows of no verdict.
+
+    With `lengths`, one for each, the trajectories have those, in a random order.
+    """
     rng = np.random.default_rng(seed)
-    prompts, responses = rng.integers(1, max_prompt + 1, size), rng.integers(1, max_response + 1, size)
+    if lengths:
+        totals = rng.permutation(lengths)
+        prompts = rng.integers(np.maximum(1, totals - max_response), np.minimum(max_prompt, totals - 1) + 1)
+        responses = totals - prompts
+    else:
+        prompts, responses = rng.integers(1, max_prompt + 1, size), rng.integers(1, max_response + 1, size)
     masks = []
     for prompt, response in zip(prompts, responses, strict=True):
         mask = np.ones(response, bool)
@@ -126,19 +135,19 @@ def make_batch(
             mask = rng.random(response) < 0.7
             mask[rng.integers(response)] = True  # at least one token is the policy's
         masks.append(np.concatenate([np.zeros(prompt, bool), mask]))
-    lengths = prompts + responses
+    num_tokens = int((prompts + responses).sum())
     has_verdict = np.ones(size, bool)
     if unjudged:
         has_verdict = rng.random(size) < 0.6
-        has_verdict[:2] = True, False
+        has_verdict[0], has_verdict[1:2] = True, False
     unscored = np.zeros(size)
     return Batch(
         rows=np.arange(size),
-        tokens=rng.integers(0, vocabulary, lengths.sum()).astype(np.int32),
-        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]),
+        tokens=rng.integers(0, vocabulary, num_tokens).astype(np.int32),
+        cu_seqlens=np.concatenate([[0], np.cumsum(prompts + responses)]),
         prompt_lengths=prompts,
         loss_mask=np.concatenate(masks),
-        rollout_logprobs=np.zeros(lengths.sum(), np.float32),
+        rollout_logprobs=np.zeros(num_tokens, np.float32),
         policy_version=np.zeros(size, np.int64),
         reward=rng.integers(0, 2, size).astype(np.float32),
         group_reward_mean=rng.random(size, np.float32),

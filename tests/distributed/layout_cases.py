@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unittest.mock
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ from reval_mcore.mcore.hf_mapping import export_weights
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.loss_head import token_scores
 from reval_mcore.mcore.model import build_model
-from reval_mcore.mcore.packing import MicroBatch, pack
+from reval_mcore.mcore.packing import MicroBatch, pack, plan_ranks
 from reval_mcore.mcore.passes import BackwardResult, Passes, wrap_model
 from reval_mcore.mcore.topology import Topology, open_topology
 from reval_mcore.objectives import make_objective, make_targets
 from reval_mcore.records import Batch, Targets, TokenScores
 from tests.builders import exported, main_gradient, make_batch, make_config, with_reference
 
-NUM_TRAJECTORIES = 14  # no multiple of 4
+# 14, no multiple of 4; under data parallelism of 2 the ranks have 6 and 8 of them
+LENGTHS = (200, 200, 198, 190, 150, 120, 61, 40, 23, 9, 5, 4, 3, 3)
 MAX_TOKENS = 420
+NOT_COUNTED = 5  # every fifth row is masked out of the loss: the ranks have 4 and 8 that count
 
 
 def layout_config(hf_path: Path, parallel: Mapping[str, Any], **sections: Mapping[str, Any]) -> Config:
@@ -46,10 +48,17 @@ def layout_config(hf_path: Path, parallel: Mapping[str, Any], **sections: Mappin
     return make_config(hf_path, **(base | sections))
 
 
-def ragged_batch(seed: int = 0) -> Batch:
+def ragged_batch(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> Batch:
     """Lengths from 3 to 200, holes in the loss masks, some rows without a verdict."""
-    long = make_batch(NUM_TRAJECTORIES, seed=seed, max_prompt=100, max_response=100, unjudged=True)
-    return replace(long, group_reward_mean=long.group_reward_mean.round(2))
+    batch = make_batch(len(lengths), seed=seed, max_prompt=100, max_response=100, unjudged=True, lengths=lengths)
+    return replace(batch, group_reward_mean=batch.group_reward_mean.round(2))
+
+
+def targets_of(batch: Batch, config: Config) -> Targets:
+    """As of the batch, with some rows that do not count."""
+    targets = make_targets(batch, config.reward)
+    counts = (torch.from_numpy(batch.rows) + 1) % NOT_COUNTED != 0
+    return replace(targets, weight=targets.weight * counts)
 
 
 def work(hf_path: str, directory: str, parallel: Mapping[str, Any]) -> None:
@@ -85,7 +94,7 @@ class _Double:
         return found
 
     def backward(self, batch: Batch, num_passes: int) -> BackwardResult:
-        targets = make_targets(batch, self.config.reward)
+        targets = targets_of(batch, self.config)
         return self.runner.backward(batch, targets, make_objective(self.config.objective), num_passes=num_passes)
 
 
@@ -134,10 +143,13 @@ def _numbers_in_fp64(config: Config, topology: Topology, out: Path) -> None:
 # ---------------------------------------------------------------- fp32, with the optimizer
 
 
+LONE = 3  # the seed of a batch of one trajectory: other data-parallel ranks have a micro-batch of padding
+
+
 def update(learner: Learner, config: Config, seed: int) -> dict[str, Any]:
-    batch = ragged_batch(seed)
+    batch = ragged_batch(seed, LENGTHS[9:10] if seed == LONE else LENGTHS)
     batch = with_reference(batch, learner.score_reference(batch), learner.reference_version)
-    stats = learner.update(batch, make_targets(batch, config.reward), make_objective(config.objective))
+    stats = learner.update(batch, targets_of(batch, config), make_objective(config.objective))
     return {"metrics": dict(stats.metrics), "residual": stats.residual.tolist()}
 
 
@@ -181,19 +193,20 @@ def mutated(hf_path: str, directory: str, parallel: Mapping[str, Any], mutation:
 
 def _shifted_after_cutting(batch: Batch, **arguments: Any) -> list[MicroBatch]:
     """Each rank takes the next token that it holds itself for the next token."""
-    cut = arguments["cut"]
-    whole = pack(batch, **(arguments | {"cut": replace(cut, context_parallel_size=1, context_parallel_rank=0)}))
     wrong = []
-    for micro_batch, full in zip(pack(batch, **arguments), whole, strict=True):
-        assert len(full.members) == len(micro_batch.members)
-        in_loss = micro_batch.in_loss & (micro_batch.segment_ids == micro_batch.segment_ids.roll(-1))
+    for micro_batch in pack(batch, **arguments):
+        slots = micro_batch.token_slots
+        in_response = torch.from_numpy((slots >= 0) & batch.loss_mask[slots])
+        in_loss = in_response.roll(-1) & (micro_batch.segment_ids == micro_batch.segment_ids.roll(-1))
         wrong.append(replace(micro_batch, targets=micro_batch.tokens.roll(-1), in_loss=in_loss))
     return wrong
 
 
 def _local_normalizer(targets: Targets) -> float:
-    """Of as many trajectories as a rank has on average, give or take one."""
-    return max(float(targets.weight.sum()) / dist.get_world_size() + dist.get_rank(), 1.0)
+    """Each data-parallel rank takes the mean over its own trajectories, and the gradient is the mean over ranks."""
+    num_ranks = dist.get_world_size()
+    own = plan_ranks(ragged_batch().lengths, MAX_TOKENS, num_ranks)[dist.get_rank()]
+    return num_ranks * float(targets.weight[np.concatenate(own)].sum())
 
 
 def _unmasked(
@@ -249,7 +262,7 @@ def compare(hf_path: str, directory: str, checkpoints: list[str]) -> None:
     """Whether checkpoints of several layouts hold the same tensors, bit for bit, under the same names."""
     num_rows = read_spec(Path(hf_path)).vocab_size
     with open_topology():
-        first, *others = (_tensors(f"{path}/checkpoint", num_rows) for path in checkpoints)
+        first, *others = (tensors_of(Path(path) / "checkpoint", num_rows) for path in checkpoints)
     kinds = {re.sub(r"\.?(reference|decoder|embedding|output_layer)\..*", "", name) for name in first}
     assert kinds >= {"", "optimizer.state.param", "optimizer.state.exp_avg", "optimizer.state.exp_avg_sq"}, kinds
     assert any(name.startswith("reference.") for name in first)
@@ -259,10 +272,10 @@ def compare(hf_path: str, directory: str, checkpoints: list[str]) -> None:
         assert not different, (path, different)
 
 
-def _tensors(checkpoint: str, num_rows: int) -> dict[str, torch.Tensor]:
+def tensors_of(weights: Path, num_rows: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint; of the vocabulary the real rows, since layouts differ in how many they add."""
     tensors = {}
-    for name, value in load_plain_tensors(checkpoint).items():
+    for name, value in load_plain_tensors(str(weights)).items():
         if isinstance(value, torch.Tensor):
             is_padded = name.endswith(("word_embeddings.weight", "output_layer.weight"))
             assert not (is_padded and value[num_rows:].any()), name
