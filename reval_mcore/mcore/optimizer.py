@@ -1,13 +1,15 @@
 """megatron-core's distributed optimizer, its schedule, and the update step: skip, clip, step.
 
-Without Transformer Engine and Apex the inner optimizer is torch's AdamW, on which megatron-core 0.16.1 has three faults
-that this module mends: a load template cannot be built before the first step, loading trips over Adam's `step` entry,
-and after loading all parameters share ONE `step` tensor, so that each update adds the number of parameters to it.
+megatron-core 0.16.1 has faults that this module mends. Where the gradient buffer has padding between its buckets,
+parameters behind it are saved shifted. And without Transformer Engine and Apex, where the inner optimizer is torch's
+AdamW: a load template cannot be built before the first step, loading trips over Adam's `step` entry, and after loading
+all parameters share ONE `step` tensor, so that each update adds the number of parameters to it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +83,8 @@ class Optimizer:
             wd_incr_steps=1,
             wd_incr_style="constant",
         )
+        for part in _parts(self._optimizer):
+            part.get_parameter_state_dp_zero = functools.partial(_state_with_padding, part)  # pyright: ignore[reportAttributeAccessIssue]
         for inner in _torch_adam_parts(self._optimizer):
             _prefill_state(inner)
             inner._set_main_param_and_optimizer_states = functools.partial(_set_states_with_step, inner)
@@ -165,6 +169,34 @@ def _prefill_state(inner: Any) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def _state_with_padding(part: Any, **arguments: Any) -> dict[Any, Any] | None:
+    """The whole of this part's state for a checkpoint, each value at its place in the gradient buffer.
+
+    megatron-core leaves out the padding between buckets, and then cuts parameters out where they lie with it: those
+    behind a padded bucket would be saved shifted, weights and moments, and loaded so.
+    """
+    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **arguments)
+    if state is None:
+        return None
+    for number, buffer in enumerate(part.buffers):
+        for tensors in state[number].values():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                tensors[name] = _with_padding(tensors[name], buffer)
+    return state
+
+
+def _with_padding(values: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """values [elements of all buckets, end to end] at their places in the buffer."""
+    ends = list(itertools.accumulate(bucket.numel_unpadded for bucket in buffer.buckets))
+    starts = [0, *ends[:-1]]
+    if all(start == bucket.offset for start, bucket in zip(starts, buffer.buckets, strict=True)):
+        return values  # no padding between them
+    padded = values.new_zeros(buffer.numel)
+    for start, end, bucket in zip(starts, ends, buffer.buckets, strict=True):
+        padded[bucket.offset : bucket.offset + end - start] = values[start:end]
+    return padded
 
 
 def _set_states_with_step(inner: Any, model_parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from reval_mcore.config import Config
+from reval_mcore.mcore import passes
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.objectives import make_objective
 from reval_mcore.records import Batch, Objective, ObjectiveOutput
@@ -266,6 +268,30 @@ def test_updates_after_save_and_load_into_fresh_objects_continue_bit_for_bit(
     assert not same_tensors(before, learner_weights(learner))
     assert resumed.num_updates == learner.num_updates == 7
     assert resumed._optimizer.adam_steps() == learner._optimizer.adam_steps() == {7}
+
+
+def test_a_resume_is_exact_where_the_gradient_buffer_has_padding_between_buckets(
+    untied: Path, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a large model under overlap_grad_reduce, or of tied embeddings over pipeline stages."""
+    small_buckets = functools.partial(passes.DistributedDataParallelConfig, bucket_size=2000)
+    monkeypatch.setattr(passes, "DistributedDataParallelConfig", small_buckets)
+    config = make_config(untied, parallel={"overlap_grad_reduce": True}, optimizer={"lr": 3e-3})
+    overlapping = replace(topology, parallel=config.parallel)
+    learner, resumed = Learner(config, overlapping), Learner(config, overlapping)
+    (buffer,) = learner._ddp.buffers
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    assert len(padding) >= 4
+    assert any(padding[:-1])
+    for seed in range(2):
+        update(learner, scored(learner, make_batch(8, seed=seed)), config)
+    learner.save(tmp_path).finish()
+    resumed.load(tmp_path)
+    for seed in (2, 3):
+        assert same_tensors(learner_weights(resumed), learner_weights(learner))
+        for each in (learner, resumed):
+            update(each, scored(each, make_batch(8, seed=seed)), config)
+    assert same_tensors(learner_weights(resumed), learner_weights(learner))
 
 
 def test_a_checkpoint_of_before_the_first_update_loads(untied: Path, topology: Topology, tmp_path: Path) -> None:
