@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tests.builders import max_difference, save_qwen2
 from tests.distributed.launch import run_distributed
 
+pytestmark = pytest.mark.timeout(900)  # several runs a test; each has its own deadline
+
 CASES = "tests.distributed.layout_cases"
 TP2, PP2, CP2 = (
     {f"{kind}_size": 2} for kind in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")

@@ -1,6 +1,7 @@
-"""Starting the `reval` command as a process of its own, killed or not, and seeing that nothing of it is left.
+"""Starting the `reval` command as a process of its own, or several, killed or not; and nothing of it is left.
 
-Every process has a hard deadline. It gets a session of its own, so that what it starts can be found, and ended.
+Every process has a hard deadline, at which it says where it is. It gets a session of its own, so that what it starts
+can be found, and ended.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process: how it ended, what it said, and what happened in it."""
+    """One process, or torchrun with several: how it ended, what was said, and what happened in it."""
 
     status: int
     output: str
@@ -116,35 +117,48 @@ def _end_of(events: Sequence[Event]) -> float:
     return first.at_s
 
 
-def attempt(run: Path, arguments: Sequence[str], kill: Kill | None = None) -> Attempt:
-    """`reval ARGUMENTS`, which work in the run directory `run`, in a new process.
+def attempt(
+    run: Path,
+    arguments: Sequence[str],
+    kill: Kill | None = None,
+    *,
+    num_processes: int = 1,
+    deadline_s: float = _DEADLINE_S,
+) -> Attempt:
+    """`reval ARGUMENTS`, which work in the run directory `run`, in a new process, or in several under torchrun.
 
-    Raises AssertionError where a process is left behind, and TimeoutExpired past the deadline.
+    The kill is for every process that comes to its event. Raises AssertionError where a process is left behind or did
+    not end by the deadline.
     """
     trace, log = run.with_name("trace"), run.with_name("log")
     trace.write_bytes(b"")  # there also where the process does not get so far as to open it
-    plan = Plan(str(run), str(trace), _DEADLINE_S, kill)
+    plan = Plan(str(run), str(trace), time.monotonic() + deadline_s, kill)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes), "-m")
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.killed", plan.dumps(), *arguments],
+            [
+                *(sys.executable, "-m", *(launcher if num_processes > 1 else ())),
+                *("tests.integration.killed", plan.dumps(), *arguments),
+            ],
             cwd=ROOT,
             # the same sums in the same order, whatever the machine
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=file,  # not a pipe, whose end would wait for what is left behind
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        process.wait(timeout=_DEADLINE_S + _GRACE_S)
-        _wait_until_gone(process.pid, run)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=deadline_s + _GRACE_S)
+            _wait_until_gone(process.pid, run)
     finally:
         left = list(_of_run(process.pid, run))
         for other in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 other.kill()
         process.wait()
-    assert left == [], f"processes left behind: {left}"
+    assert left == [], f"processes left behind: {left}\n{log.read_text(errors='replace')}"
     events = tuple(Event.of(line) for line in trace.read_text().splitlines())
     return Attempt(process.returncode, log.read_text(errors="replace"), events)
 

@@ -7,6 +7,7 @@ kernel stays, as it does when a batch system or the out-of-memory killer ends a 
 too, is not what is shown here.
 
 As a program: `python -m tests.integration.killed PLAN ARGUMENT...`, where PLAN is JSON and the arguments are reval's.
+Under torchrun each process does it for itself, and all write to one trace.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ class Kill:
     event: str
     occurrence: int = 1
     delay_s: float = 0.0
+    number: int = signal.SIGKILL  # another signal is sent, and the process goes on
 
 
 @dataclass(frozen=True)
 class Plan:
     root: str  # the run directory
     trace: str  # file to write events to
-    deadline_s: float  # a process that is stuck says where, and ends itself
+    ends_at_s: float  # of time.monotonic(): a process that is stuck says where, and ends itself
     kill: Kill | None
 
     def dumps(self) -> str:
@@ -85,7 +87,7 @@ class Script:
 
     def end(self) -> None:
         """A process that came to its end before the kill is killed there."""
-        if self._kill is not None:
+        if self._kill is not None and self._kill.number == signal.SIGKILL:
             self._die("at the end")
 
     def _kill_after(self, delay_s: float, text: str) -> None:
@@ -96,9 +98,10 @@ class Script:
         timer.start()
 
     def _die(self, place: str) -> None:
+        assert self._kill is not None
         self.tell(f"killed {place}")
-        os.kill(self._pid, signal.SIGKILL)
-        while True:  # in a child
+        os.kill(self._pid, self._kill.number)
+        while self._kill.number == signal.SIGKILL:  # in a child
             time.sleep(1.0)
 
 
@@ -197,7 +200,7 @@ def _watch_trainer(script: Script) -> None:
 
 
 def _main(plan: Plan, arguments: list[str]) -> int:
-    faulthandler.dump_traceback_later(plan.deadline_s, exit=True)
+    faulthandler.dump_traceback_later(max(plan.ends_at_s - time.monotonic(), 0.1), exit=True)
     sys.setswitchinterval(1e-4)  # a timer gets its turn soon, also where the main thread runs Python all the while
     script = Script(plan)
     _watch_files(script, plan.root)

@@ -1,59 +1,61 @@
-"""`reval train` in several processes: the same run under every layout, stopped and gone on with under another."""
+"""`reval train` in several processes: the same run under every layout, killed, stopped, gone on with under another."""
 
 from __future__ import annotations
 
+import functools
 import json
-import os
+import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+import torch
 
+from reval_mcore.mcore.topology import Topology
 from reval_mcore.replay.shards import read_trajectories
-from tests.integration.test_train import ROOT, SMALL, metrics, paths_of
+from tests.distributed.launch import run_distributed
+from tests.distributed.layout_cases import tensors_of
+from tests.integration.attempts import Attempt, attempt
+from tests.integration.killed import Kill
+from tests.integration.runs import checkpoint, differences, outcome, told
+from tests.integration.test_train import SMALL, metrics, paths_of
+
+pytestmark = [
+    pytest.mark.timeout(600),  # several runs a test; each has its own deadline
+    pytest.mark.filterwarnings("ignore:`load_state_dict` is deprecated:FutureWarning"),  # megatron-core's
+]
 
 TP2 = ("parallel.tensor_model_parallel_size=2",)
 DP2 = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
-PP2_DP2 = ("parallel.pipeline_model_parallel_size=2", *DP2)
+PP2 = ("parallel.pipeline_model_parallel_size=2",)
+LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "tp2": (2, TP2),
+    "dp2": (2, DP2),
+    "pp2_dp2": (4, (*PP2, *DP2)),
+    "tp2_pp2": (4, (*TP2, *PP2)),
+}
+SAVING = ("checkpoint.keep=9", "checkpoint.async_save=true", "updates.passes=2")
 
 
-def command(num_processes: int, *arguments: str) -> list[str]:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes), "-m")
-    return [sys.executable, "-m", *(launcher if num_processes > 1 else ()), "reval_mcore.cli", *arguments]
+def arguments_of(tiny_model: Path, run: Path, *overrides: str) -> tuple[str, ...]:
+    return (*paths_of(tiny_model, run), *SMALL, *SAVING, *overrides)
 
 
-def start(num_processes: int, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(num_processes, *arguments),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def train(tiny_model: Path, run: Path, num_processes: int, *overrides: str, kill: Kill | None = None) -> Attempt:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    arguments = ("train", "configs/demo.toml", *arguments_of(tiny_model, run, *overrides))
+    return attempt(run, arguments, kill, num_processes=num_processes)
 
 
-def finish(process: subprocess.Popen[str], *, timeout_s: float = 150.0) -> str:
-    """What it printed; it must end well, and is ended with all that it started where it does not end at all."""
-    try:
-        said, _ = process.communicate(timeout=timeout_s)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said
-    return said
-
-
-def train(tiny_model: Path, run: Path, num_processes: int, *overrides: str) -> str:
-    return finish(start(num_processes, "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, *overrides))
+def finish(tiny_model: Path, run: Path, num_processes: int, *overrides: str) -> str:
+    """What it printed; it must end well."""
+    done = train(tiny_model, run, num_processes, *overrides)
+    assert done.status == 0, done.told()
+    return done.output
 
 
 def trajectories(run: Path) -> list[tuple[str, list[int], float]]:
@@ -81,95 +83,145 @@ def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]])
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process; every shard is kept."""
+    """One process, one pass over each batch; every shard is kept."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    train(tiny_model, run, 1, "checkpoint.keep=9")
+    finish(tiny_model, run, 1, "updates.passes=1")
     return run
 
 
-LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {"tp2": (2, TP2), "dp2": (2, DP2), "pp2_dp2": (4, PP2_DP2)}
+@pytest.fixture(scope="module")
+def under(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """(the run under a layout that nothing disturbed, what it printed); not to be written to."""
+
+    @functools.cache
+    def under(layout: str) -> tuple[Path, str]:
+        num_processes, parallel = LAYOUTS[layout]
+        run = tmp_path_factory.mktemp(layout) / "run"
+        return run, finish(tiny_model, run, num_processes, *parallel)
+
+    return under
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_under_a_layout_is_the_run_of_one_process(
-    alone: Path, tiny_model: Path, tmp_path: Path, layout: str
+    alone: Path, under: Callable[[str], tuple[Path, str]], layout: str
 ) -> None:
     """The same prompts, responses, rewards and samples of the buffer; losses up to rounding."""
-    num_processes, parallel = LAYOUTS[layout]
-    said = train(tiny_model, tmp_path / "run", num_processes, *parallel, "checkpoint.keep=9", "updates.passes=2")
+    run, said = under(layout)
     assert said.count("[4/4]") == said.count("finished;") == 1
-    assert_same_run(metrics(tmp_path / "run"), metrics(alone))
-    assert trajectories(tmp_path / "run") == trajectories(alone)
-    shards = {path.name.partition("-")[0] for path in (tmp_path / "run" / "replay" / "shards").iterdir()}
-    assert shards == {f"inline{rank:03d}" for rank in range(num_processes)}
-    logs = {path.name for path in (tmp_path / "run" / "logs" / "attempt_000").iterdir()}
-    assert logs == {f"rank_{rank:03d}.log" for rank in range(num_processes)}
+    assert_same_run(metrics(run), metrics(alone))
+    assert trajectories(run) == trajectories(alone)
+    ranks = range(LAYOUTS[layout][0])
+    shards = {path.name.partition("-")[0] for path in (run / "replay" / "shards").iterdir()}
+    assert shards == {f"inline{rank:03d}" for rank in ranks}
+    logs = {path.name for path in (run / "logs" / "attempt_000").iterdir()}
+    assert logs == {f"rank_{rank:03d}.log" for rank in ranks}
+
+
+# ---------------------------------------------------------------- ends, and going on
 
 
 def test_a_signal_to_any_rank_stops_all_and_another_layout_goes_on(
     alone: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    arguments = ("train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, "checkpoint.keep=9")
-    process = start(2, *arguments, *TP2)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[1/4]"):
-            break
-    workers = psutil.Process(process.pid).children(recursive=True)
-    last = next(w for w in workers if w.environ().get("RANK") == "1" and "reval_mcore.cli" in " ".join(w.cmdline()))
-    last.send_signal(signal.SIGUSR1)
-    said = finish(process)
+    at_its_shard = Kill(r"rename .* -> replay/shards/inline001-0000-000002\.parquet", number=signal.SIGUSR1)
+    stopped = train(tiny_model, run, 2, *TP2, kill=at_its_shard)
+    assert stopped.status == 0, stopped.told()
     record = json.loads((run / "control" / "exit.json").read_text())
-    assert record["reason"] == "SIGUSR1", said
-    assert record["iteration"] < 4
-    train(tiny_model, run, 2, *DP2, "checkpoint.keep=9")
+    assert record == {"reason": "SIGUSR1", "iteration": 3}, stopped.told()
+    finish(tiny_model, run, 2, *DP2)
     assert_same_run(metrics(run), metrics(alone))
 
 
-def test_a_layout_continues_from_a_checkpoint_of_another_after_a_kill(
-    alone: Path, tiny_model: Path, tmp_path: Path
+# each rank has a file to write, and only the first one publishes; a rank that is killed takes the others with it
+IN_THE_BACKGROUND = (
+    Kill(r"write checkpoints/\.writing_000004/weights/__1_0\.distcp"),
+    Kill(r"fsync checkpoints/\.writing_000004/weights/__0_0\.distcp"),
+    Kill(r"rename checkpoints/\.writing_000004 -> .*"),
+)
+
+
+def test_kills_while_several_processes_save_in_the_background(
+    alone: Path, under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path, topology: Topology
 ) -> None:
-    """Every process of a data-parallel run is killed in a background save or near it; one process goes on."""
+    """The checkpoint before counts: the same layout ends bit for bit as if nothing had been, another up to rounding."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere" / "run"
+    for kill in IN_THE_BACKGROUND:
+        killed = train(tiny_model, run, 2, *TP2, kill=kill)
+        assert killed.status != 0, killed.told()
+        assert re.search(": before .*writing_000004", killed.death), killed.told()
+        assert (run / "checkpoints" / "latest").readlink() == Path("step_000002")
+    shutil.copytree(run, elsewhere, symlinks=True)
+    finish(tiny_model, elsewhere, 2, *DP2)
+    assert_same_run(metrics(elsewhere), metrics(alone))
+    finish(tiny_model, run, 2, *TP2)
+    assert told(differences(outcome(run), outcome(under("tp2")[0]))) == ""
+
+
+def test_a_run_is_saved_the_same_by_every_layout_that_loads_it(
+    under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path, topology: Topology
+) -> None:
+    """TP2 x PP2, DP2, one process, TP2 x PP2: every tensor, the replay index and the counters, to the last bit."""
     run = tmp_path / "run"
-    arguments = ("train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, "checkpoint.keep=9")
-    process = start(2, *arguments, *DP2, "checkpoint.async_save=true")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[3/4]"):
-            break
-    os.killpg(process.pid, signal.SIGKILL)
-    workers = [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or [])]
-    for worker in workers:
-        worker.kill()
-    process.wait()
-    deadline = time.monotonic() + 30.0
-    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
-        assert time.monotonic() < deadline, "a process is left behind"
-        time.sleep(0.05)
-    train(tiny_model, run, 1, "checkpoint.keep=9")
-    assert_same_run(metrics(run), metrics(alone))
+    shutil.copytree(under("tp2_pp2")[0], run, symlinks=True)
+    for iteration, (num_processes, parallel) in enumerate([(2, DP2), (1, ()), LAYOUTS["tp2_pp2"]], start=5):
+        arguments = [*arguments_of(tiny_model, run, *parallel)]
+        case = {"arguments": arguments, "iteration": iteration}
+        run_distributed("tests.integration.saved_again:save_again", num_processes, 150.0, case)
+    num_rows = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    first, *others = (run / "checkpoints" / f"step_{iteration:06d}" for iteration in (4, 5, 6, 7))
+    expected, tensors = checkpoint(first), tensors_of(first / "weights", num_rows)
+    assert {"replay.npz", "trainer.json"} < set(expected)
+    for other in others:
+        found = checkpoint(other)
+        assert told(differences(found["replay.npz"], expected["replay.npz"])) == ""
+        assert found["trainer.json"] | {"iteration": 4} == expected["trainer.json"]
+        again = tensors_of(other / "weights", num_rows)
+        assert set(again) == set(tensors)
+        assert [name for name in tensors if not torch.equal(again[name], tensors[name])] == []
+
+
+# ---------------------------------------------------------------- what is wrong
 
 
 def test_a_layout_without_its_processes_is_refused_before_any_group_is_made(tiny_model: Path, tmp_path: Path) -> None:
-    process = start(2, "train", "configs/demo.toml", *paths_of(tiny_model, tmp_path / "run"), *SMALL,
-                    "parallel.context_parallel_size=4")  # fmt: skip
-    said, _ = process.communicate(timeout=120.0)
-    assert "one copy of the model takes 1 x 1 x 4 = 4 processes" in said
-    assert "choose sizes whose product is one of 1, 2" in said
+    refused = train(tiny_model, tmp_path / "run", 2, "parallel.context_parallel_size=4")
+    assert "one copy of the model takes 1 x 1 x 4 = 4 processes" in refused.output
+    assert "choose sizes whose product is one of 1, 2" in refused.output
     assert not (tmp_path / "run").exists()
 
 
+def test_what_the_first_rank_refuses_is_refused_by_all(
+    under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(under("tp2")[0], run, symlinks=True)
+    refused = train(tiny_model, run, 2, *TP2, "objective.beta=0.7")
+    assert refused.output.count("objective.beta = 0.7: the run was made with 0.5") == 2, refused.told()
+    assert "[rank" not in refused.output, refused.told()  # how torch begins the lines of a traceback
+
+
+# ---------------------------------------------------------------- learning
+
 HALFWAY = 5
+LEARNING_DEADLINE_S = 280.0
 LEARNING = ("evaluation.interval=5", "evaluation.max_prompts=256")
+
+
+def learn(tiny_model: Path, run: Path, num_iterations: int, num_processes: int, *parallel: str) -> None:
+    arguments = (*paths_of(tiny_model, run), f"run.num_iterations={num_iterations}", *LEARNING, *parallel)
+    done = attempt(
+        run, ("train", "configs/demo.toml", *arguments), num_processes=num_processes, deadline_s=LEARNING_DEADLINE_S
+    )
+    assert done.status == 0, done.told()
 
 
 @pytest.fixture(scope="module")
 def halfway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo after some iterations in one process, at about 0.5."""
     run = tmp_path_factory.mktemp("halfway") / "run"
-    arguments = ("train", "configs/demo.toml", *paths_of(tiny_model, run), f"run.num_iterations={HALFWAY}")
-    finish(start(1, *arguments, *LEARNING))
+    learn(tiny_model, run, HALFWAY, 1)
     return run
 
 
@@ -180,10 +232,10 @@ def test_the_demo_learns_in_two_processes(
 ) -> None:
     """From a checkpoint of one process; at least 0.10 in 15 iterations."""
     run = tmp_path / "run"
-    subprocess.run(["cp", "-a", str(halfway), str(run)], check=True)
-    arguments = ("train", "configs/demo.toml", *paths_of(tiny_model, run), f"run.num_iterations={HALFWAY + 15}")
-    finish(start(2, *arguments, *LEARNING, *parallel), timeout_s=280.0)
+    shutil.copytree(halfway, run, symlinks=True)
+    learn(tiny_model, run, HALFWAY + 15, 2, *parallel)
     accuracy = [record["evaluation/accuracy"] for record in metrics(run) if "evaluation/accuracy" in record]
+    print(parallel, accuracy)  # shown by -rP
     at_checkpoint = accuracy[HALFWAY // 5 - 1]
     assert 0.4 < at_checkpoint < 0.7
     assert accuracy[-1] - at_checkpoint > 0.10, accuracy
