@@ -177,7 +177,7 @@ def _state_with_padding(part: Any, **arguments: Any) -> dict[Any, Any] | None:
     megatron-core leaves out the padding between buckets, and then cuts parameters out where they lie with it: those
     behind a padded bucket would be saved shifted, weights and moments, and loaded so.
     """
-    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **arguments)
+    state: Any = DistributedOptimizer.get_parameter_state_dp_zero(part, **arguments)
     if state is None:
         return None
     for number, buffer in enumerate(part.buffers):

@@ -279,7 +279,8 @@ def test_a_resume_is_exact_where_the_gradient_buffer_has_padding_between_buckets
     config = make_config(untied, parallel={"overlap_grad_reduce": True}, optimizer={"lr": 3e-3})
     overlapping = replace(topology, parallel=config.parallel)
     learner, resumed = Learner(config, overlapping), Learner(config, overlapping)
-    (buffer,) = learner._ddp.buffers
+    buffers: Any = learner._ddp.buffers
+    (buffer,) = buffers
     padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
     assert len(padding) >= 4
     assert any(padding[:-1])
