@@ -25,7 +25,7 @@ from tests.integration.runs import checkpoint, differences, outcome, told
 from tests.integration.test_train import SMALL, metrics, paths_of
 
 pytestmark = [
-    pytest.mark.timeout(600),  # several runs a test; each has its own deadline
+    pytest.mark.timeout(1500),  # several runs a test; each has its own deadline
     pytest.mark.filterwarnings("ignore:`load_state_dict` is deprecated:FutureWarning"),  # megatron-core's
 ]
 
@@ -38,6 +38,7 @@ LAYOUTS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "pp2_dp2": (4, (*PP2, *DP2)),
     "tp2_pp2": (4, (*TP2, *PP2)),
 }
+DEADLINE_S = 300.0  # four processes on two cores that others use too
 SAVING = ("checkpoint.keep=9", "checkpoint.async_save=true", "updates.passes=2")
 
 
@@ -48,7 +49,7 @@ def arguments_of(tiny_model: Path, run: Path, *overrides: str) -> tuple[str, ...
 def train(tiny_model: Path, run: Path, num_processes: int, *overrides: str, kill: Kill | None = None) -> Attempt:
     run.parent.mkdir(parents=True, exist_ok=True)
     arguments = ("train", "configs/demo.toml", *arguments_of(tiny_model, run, *overrides))
-    return attempt(run, arguments, kill, num_processes=num_processes)
+    return attempt(run, arguments, kill, num_processes=num_processes, deadline_s=DEADLINE_S)
 
 
 def finish(tiny_model: Path, run: Path, num_processes: int, *overrides: str) -> str:
@@ -168,7 +169,7 @@ def test_a_run_is_saved_the_same_by_every_layout_that_loads_it(
     for iteration, (num_processes, parallel) in enumerate([(2, DP2), (1, ()), LAYOUTS["tp2_pp2"]], start=5):
         arguments = [*arguments_of(tiny_model, run, *parallel)]
         case = {"arguments": arguments, "iteration": iteration}
-        run_distributed("tests.integration.saved_again:save_again", num_processes, 150.0, case)
+        run_distributed("tests.integration.saved_again:save_again", num_processes, DEADLINE_S, case)
     num_rows = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     first, *others = (run / "checkpoints" / f"step_{iteration:06d}" for iteration in (4, 5, 6, 7))
     expected, tensors = checkpoint(first), tensors_of(first / "weights", num_rows)
@@ -205,15 +206,12 @@ def test_what_the_first_rank_refuses_is_refused_by_all(
 # ---------------------------------------------------------------- learning
 
 HALFWAY = 5
-LEARNING_DEADLINE_S = 280.0
 LEARNING = ("evaluation.interval=5", "evaluation.max_prompts=256")
 
 
 def learn(tiny_model: Path, run: Path, num_iterations: int, num_processes: int, *parallel: str) -> None:
     arguments = (*paths_of(tiny_model, run), f"run.num_iterations={num_iterations}", *LEARNING, *parallel)
-    done = attempt(
-        run, ("train", "configs/demo.toml", *arguments), num_processes=num_processes, deadline_s=LEARNING_DEADLINE_S
-    )
+    done = attempt(run, ("train", "configs/demo.toml", *arguments), num_processes=num_processes, deadline_s=DEADLINE_S)
     assert done.status == 0, done.told()
 
 
