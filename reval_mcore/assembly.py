@@ -22,13 +22,16 @@ from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.config import Config, ModelConfig, read_json
 from reval_mcore.control import StopSignals
+from reval_mcore.conversion.sources import CheckpointSource
+from reval_mcore.conversion.to_hf import convert_to_hf
 from reval_mcore.durable import append, crc32, write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.layout import check_layout
-from reval_mcore.mcore.hf_mapping import check_is_new, check_weights, write_directory
+from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.model import resolve_implementation
 from reval_mcore.mcore.topology import Topology, launched_world_size, open_topology
+from reval_mcore.mcore.weight_checkpoint import WeightCheckpoint, check_checkpoint, find_weights
 from reval_mcore.metrics import MetricsWriter
 from reval_mcore.prompts import (
     load_prompts,
@@ -53,9 +56,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_model(config: ModelConfig) -> ModelSpec:
-    """Raises ValueError where the directory is not one of a model that can be trained here; reads no weights."""
+    """Raises ValueError where the settings do not name a model that can be trained here; reads no weights."""
     spec = read_spec(config.hf_path)
-    check_weights(config.hf_path, spec)
+    if config.has_checkpoint:
+        check_checkpoint(WeightCheckpoint(find_weights(config.checkpoint)), spec)
+    else:
+        check_weights(config.hf_path, spec)
     resolve_implementation(config)
     return spec
 
@@ -187,6 +193,8 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         )
         if found is not None:
             trainer.resume(found)
+        elif config.model.has_checkpoint:
+            trainer.publish_weights(0)
         try:
             yield trainer
         except BaseException as error:  # whatever ends the run, a second Ctrl-C too, is on record before it goes on
@@ -248,6 +256,7 @@ def _make_engine(config: Config, topology: Topology) -> RolloutEngine:
         dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
         device=topology.device,
         max_batch_size=config.rollout.max_batch_size,
+        has_weights=not config.model.has_checkpoint,
     )
 
 
@@ -284,9 +293,10 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
         topology = stack.enter_context(open_topology())
         engine = _make_engine(config, topology)
         stack.callback(engine.close)
-        if checkpoint is not None:
+        if checkpoint is not None or config.model.has_checkpoint:
             learner = Learner(config, topology)
-            learner.load(checkpoint / WEIGHTS)
+            if checkpoint is not None:
+                learner.load(checkpoint / WEIGHTS)
             engine.update_weights(learner.export_weights(), version)
         verifier = stack.enter_context(VerifierPool(config.verifier))
         return evaluate(
@@ -303,9 +313,4 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
 def export_checkpoint(config: Config, checkpoint: Path, out: Path) -> None:
     """Write the policy of a checkpoint as a directory in Hugging Face format."""
     read_trainer_state(checkpoint)
-    check_model(config.model)
-    check_is_new(out)
-    with open_topology() as topology:
-        learner = Learner(config, topology)
-        learner.load(checkpoint / WEIGHTS)
-        write_directory(out, learner.export_weights(), companions=config.model.hf_path)
+    convert_to_hf(CheckpointSource(checkpoint / WEIGHTS, config.model.hf_path), out)

@@ -36,6 +36,20 @@ def crc32(path: Path) -> int:
     return value
 
 
+def raise_if_full(directory: Path) -> None:
+    """Raises OSError where a small file cannot be written: the reason that some libraries' writers do not tell."""
+    probe = directory / ".probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def append(file: FileIO, data: bytes, *, sync: bool = False) -> None:
     """Write all of `data` at the end of `file`, or nothing; with `sync`, all of it on the disk.
 

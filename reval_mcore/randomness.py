@@ -14,7 +14,14 @@ from typing import Literal
 import numpy as np
 
 Purpose = Literal[
-    "prompt_order", "rollout", "evaluation", "replay_sample", "permute_rewards", "tiny_model", "tiny_prompts"
+    "prompt_order",
+    "rollout",
+    "evaluation",
+    "replay_sample",
+    "permute_rewards",
+    "logit_check",
+    "tiny_model",
+    "tiny_prompts",
 ]
 
 

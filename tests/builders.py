@@ -31,9 +31,29 @@ FROZEN = {"lr": 1e-30, "clip_grad": 0.0}
 # ---------------------------------------------------------------- models
 
 
-def save_qwen2(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
-    """A small Qwen2 in HF format under `directory`. Nothing is at a value that a mistake could leave untouched."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+# what sets each family apart; "llama" has Llama 3's scaling of the rotary embedding
+FAMILY_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "mistral": {"sliding_window": None, "head_dim": 16},
+}
+
+
+def save_model(
+    family: str, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Path:
+    """A small model in HF format under `directory`. Nothing is at a value that a mistake could leave untouched."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -48,24 +68,28 @@ def save_qwen2(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.flo
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }
-    config = Qwen2Config(**(sizes | fields))
+    config = AutoConfig.for_model(family, **(sizes | dict(FAMILY_FIELDS[family]) | fields))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name or "bias" in name:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-    model.to(dtype)  # pyright: ignore[reportArgumentType]  (transformers' wrapper hides the signature)
+    model.to(dtype)
     model.save_pretrained(directory, max_shard_size="40KB")
     return directory
 
 
-def load_qwen2(directory: Path, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
-    """The same directory in transformers."""
-    from transformers import Qwen2ForCausalLM
+def save_qwen2(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    return save_model("qwen2", directory, seed=seed, dtype=dtype, **fields)
 
-    return Qwen2ForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+
+def load_hf(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The same directory in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
 
 
 def edit_config(directory: Path, **fields: Any) -> None:
@@ -258,7 +282,7 @@ def dense_batch_scores(directory: Path, batch: Batch) -> Scores:
     trajectory, initial, final = [], [], []
     logprobs = np.zeros(len(batch.tokens))
     with torch.no_grad():
-        logits = hf_logits(load_qwen2(directory, torch.float64), batch)
+        logits = hf_logits(load_hf(directory, torch.float64), batch)
     for row, (z, (tokens, positions)) in enumerate(zip(logits, sequences(batch), strict=True)):
         scores = dense_scores(z, tokens, positions)
         trajectory.append(float(scores.trajectory_score))

@@ -43,11 +43,19 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     hf_path: TomlPath
-    """Directory in Hugging Face format: config.json, safetensors, tokenizer. Weights and reference start from it."""
+    """Directory in Hugging Face format: config.json, safetensors, tokenizer. Weights and reference start from it.
+
+    Needs no safetensors where `checkpoint` is given: a converted directory serves as both."""
+    checkpoint: TomlPath = Path("none")
+    """Weights to start from instead: what tools.convert_hf_to_mcore made, a run, or one of its checkpoints; "none"."""
     implementation: Literal["auto", "local", "te"] = "auto"
     """Layer spec: Transformer Engine's, megatron-core's local one, or TE where it is installed."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and reduces gradients in fp32. Everything after the logits is fp32 in both."""
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.checkpoint != Path("none")
 
 
 class ParallelConfig(Section):
@@ -103,6 +111,8 @@ class RolloutConfig(Section):
     """Empty: those of the model's generation_config.json, else config.json."""
     max_batch_size: PositiveInt = 256
     """Sequences that the embedded engine generates at a time."""
+    weight_bucket_bytes: PositiveInt = 1 << 29
+    """Of the weights gathered at a time on their way to the engines."""
 
 
 class VerifierConfig(Section):

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from reval_mcore.durable import crc32
+from reval_mcore.durable import crc32, raise_if_full
 
 _PR_SET_PDEATHSIG = 1
 _KEPT_FROM_WRITER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -75,7 +75,7 @@ class PendingSave:
         try:
             request = dist_checkpointing.save(state, str(directory), sharded_strategy=strategy, async_sharded_save=True)
         except RuntimeError:  # torch.save, which keeps the errno to itself
-            _raise_if_full(directory)
+            raise_if_full(directory)
             raise
         assert request is not None
         self._finalize_fns = request.finalize_fns
@@ -154,20 +154,6 @@ class PendingSave:
         return outcome
 
 
-def _raise_if_full(directory: Path) -> None:
-    """Raises OSError where a small file cannot be written: the reason that torch's C++ writer does not tell."""
-    probe = directory / ".probe"
-    try:
-        with probe.open("wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(directory)) from error
-    finally:
-        probe.unlink(missing_ok=True)
-
-
 def _unpinned(bucket: Any) -> Any:
     """The bucket without pinned memory, which a forked process cannot read."""
     path, name, (data, tensors) = bucket
@@ -186,7 +172,7 @@ def _write(buckets: Sequence[Any], transforms: list[Any]) -> _Written | Exceptio
         _, outcome = said.get()
         try:
             if isinstance(outcome, RuntimeError):  # torch's writer has lost the errno
-                _raise_if_full(Path(path).parent)
+                raise_if_full(Path(path).parent)
             if isinstance(outcome, Exception):
                 return outcome
             crc32s[name] = crc32(Path(path))

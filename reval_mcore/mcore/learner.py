@@ -15,12 +15,13 @@ from megatron.core.models.gpt import GPTModel
 
 from reval_mcore.architecture import read_spec
 from reval_mcore.config import Config
-from reval_mcore.mcore import checkpoint, hf_mapping
+from reval_mcore.mcore import checkpoint
 from reval_mcore.mcore.model import build_model, resolve_implementation
 from reval_mcore.mcore.optimizer import Optimizer
 from reval_mcore.mcore.passes import Passes, wrap_model
 from reval_mcore.mcore.reference import WeightCopies
 from reval_mcore.mcore.topology import Topology
+from reval_mcore.mcore.weight_export import export_weights
 from reval_mcore.records import Batch, Objective, Scores, Targets, UpdateStats
 
 
@@ -33,6 +34,7 @@ class Learner:
         self.reference_version = 0  # policy version that the reference is a copy of
         self._reference_is_policy = True  # no step since the reference was taken
         self._num_passes = config.updates.passes
+        self._bucket_bytes = config.rollout.weight_bucket_bytes
         self._model = build_model(config.model, self.spec, topology)
         self._ddp = wrap_model(self._model, topology)
         self._passes = Passes(
@@ -120,10 +122,15 @@ class Learner:
 
     # ------------------------------------------------------------ weights out, state in and out
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, whole tensor), one at a time, in the parameters' dtype, on every rank; collective."""
+    def export_weights(self, *, wanted: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, whole tensor) in the parameters' dtype, on the ranks that want them; collective.
+
+        Every rank iterates to the end, also one that gets nothing. See `weight_export.export_weights`.
+        """
         self._sync_weights()
-        return hf_mapping.export_weights(self._model, self.spec, self.topology.groups)
+        return export_weights(
+            self._model, self.spec, self.topology.groups, bucket_bytes=self._bucket_bytes, wanted=wanted
+        )
 
     def save(self, directory: Path, *, in_background: bool = False) -> checkpoint.PendingSave:
         """Write policy, optimizer and reference, as they are now, as one megatron-core distributed checkpoint.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from reval_mcore.architecture import ModelSpec
 from reval_mcore.config import ModelConfig, ParallelConfig
 from reval_mcore.layout import check_layout
-from reval_mcore.mcore import hf_mapping
 from reval_mcore.mcore.fp32_head import use_fp32_logits
+from reval_mcore.mcore.hf_directory import load_weights
+from reval_mcore.mcore.hf_mapping import global_names, hf_names
 from reval_mcore.mcore.local_layers import PackedAttention, RMSNorm
 from reval_mcore.mcore.packing import MicroBatch
 from reval_mcore.mcore.topology import Topology
+from reval_mcore.mcore.weight_checkpoint import load_checkpoint_weights
 
 
 def resolve_implementation(config: ModelConfig) -> str:
@@ -122,7 +123,7 @@ def _layer_spec(config: TransformerConfig, implementation: str) -> Any:
 
 
 def build_model(config: ModelConfig, spec: ModelSpec, topology: Topology) -> GPTModel:
-    """The model of `config.hf_path` with its weights, on this rank's device, in `config.precision`."""
+    """The model of `config.hf_path` with its weights or those of `config.checkpoint`, in `config.precision`."""
     tp = topology.groups.tp
     check_layout(topology.parallel, spec, topology.world_size)
     transformer = transformer_config(spec, config, topology)
@@ -136,10 +137,15 @@ def build_model(config: ModelConfig, spec: ModelSpec, topology: Topology) -> GPT
         parallel_output=True,
         share_embeddings_and_output_weights=spec.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=spec.rope_theta,  # pyright: ignore[reportArgumentType]  (annotated int, used as a number)
+        rotary_base=spec.rope.theta,  # pyright: ignore[reportArgumentType]  (annotated int, used as a number)
+        rope_scaling=spec.rope.scaling_factor != 1.0,
+        rope_scaling_factor=spec.rope.scaling_factor,
         pg_collection=topology.groups,
     )
-    hf_mapping.load_weights(model, Path(config.hf_path), spec, tp_size=tp.size(), tp_rank=tp.rank())
+    if config.has_checkpoint:
+        load_checkpoint_weights(model, config.checkpoint, spec)
+    else:
+        load_weights(model, config.hf_path, spec, tp_size=tp.size(), tp_rank=tp.rank())
     _mark_shards(model, spec)
     if transformer.bf16:
         use_fp32_logits(model)
@@ -151,8 +157,8 @@ def _mark_shards(model: GPTModel, spec: ModelSpec) -> None:
 
     The gradient norm takes an unmarked parameter for a copy of rank 0's and counts it there alone.
     """
-    for name, parameter in hf_mapping.global_names(model):
-        layout, _ = hf_mapping.hf_names(name, spec)
+    for name, parameter in global_names(model):
+        layout, _ = hf_names(name, spec)
         if layout != "replicated":
             parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -164,16 +170,29 @@ def wrap_precision(model: GPTModel) -> torch.nn.Module:
 
 def forward_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """Logits of this rank's vocabulary shard, [1, T, V / TP]; on earlier pipeline stages the hidden states."""
+    return forward_packed(
+        model, micro_batch.tokens, micro_batch.position_ids, micro_batch.cu_seqlens, micro_batch.max_seqlen
+    )
+
+
+def forward_packed(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+) -> torch.Tensor:
+    """The same for sequences end to end: tokens and position_ids int64 [T], cu_seqlens int32."""
     packed = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=micro_batch.cu_seqlens,
-        cu_seqlens_kv=micro_batch.cu_seqlens,
-        max_seqlen_q=micro_batch.max_seqlen,
-        max_seqlen_kv=micro_batch.max_seqlen,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
     )
     return model(
-        input_ids=micro_batch.tokens[None],
-        position_ids=micro_batch.position_ids[None],
+        input_ids=tokens[None],
+        position_ids=position_ids[None],
         attention_mask=None,
         packed_seq_params=packed,
     )

@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from reval_mcore.config import check_readable, read_json
 
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The types that can be trained, by their names in a safetensors file."""
+
 
 class TensorFile:
     """A tensor in a safetensors file, read slice by slice: [a:b], [:, a:b] or [:] give tensors."""
@@ -51,6 +54,14 @@ class WeightFiles:
 
     def __getitem__(self, name: str) -> TensorFile:
         return TensorFile(self._open(self._files[name]), name)
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that a tensor is in."""
+        return self._files[name]
+
+    def files(self) -> list[Path]:
+        """In order of their names."""
+        return [self._directory / file for file in sorted(set(self._files.values()))]
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -29,8 +29,16 @@ from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, Sa
 class EmbeddedEngine:
     """Holds its own copy of the weights; `max_batch_size` sequences are generated at a time."""
 
-    def __init__(self, hf_path: Path, *, dtype: torch.dtype, device: torch.device, max_batch_size: int) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype)  # its mixins defeat type checkers
+    def __init__(
+        self, hf_path: Path, *, dtype: torch.dtype, device: torch.device, max_batch_size: int, has_weights: bool = True
+    ) -> None:
+        """Without weights in `hf_path` there are none until the first update."""
+        # its mixins defeat type checkers
+        model: Any = (
+            AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype)
+            if has_weights
+            else (AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf_path), dtype=dtype))
+        )
         self._model = model.to(device).eval()
         # named_parameters lists a tied tensor once, under its first name
         self._tensors: dict[str, torch.Tensor] = dict(self._model.named_parameters())

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from reval_mcore.architecture import read_spec
 from reval_mcore.config import Config, ParallelConfig
 from reval_mcore.mcore import passes
-from reval_mcore.mcore.hf_mapping import export_weights
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.loss_head import token_scores
 from reval_mcore.mcore.model import build_model
 from reval_mcore.mcore.packing import MicroBatch, pack, plan_ranks
 from reval_mcore.mcore.passes import BackwardResult, Passes, wrap_model
 from reval_mcore.mcore.topology import Topology, open_topology
+from reval_mcore.mcore.weight_export import export_weights
 from reval_mcore.objectives import make_objective, make_targets
 from reval_mcore.records import Batch, Targets, TokenScores
 from tests.builders import exported, main_gradient, make_batch, make_config, with_reference
@@ -88,7 +88,9 @@ class _Double:
             for parameter in self.model.parameters():
                 parameter.copy_(main_gradient(parameter))
             spec, groups = read_spec(Path(self.config.model.hf_path)), self.topology.groups
-            found = {name: value.clone() for name, value in export_weights(self.model, spec, groups)}
+            found = {
+                name: value.clone() for name, value in export_weights(self.model, spec, groups, bucket_bytes=1 << 12)
+            }
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
         return found

@@ -15,7 +15,7 @@ from tests.builders import (
     exported,
     hf_logits,
     learner_weights,
-    load_qwen2,
+    load_hf,
     make_batch,
     make_config,
     same_tensors,
@@ -82,7 +82,7 @@ def test_logits_equal_transformers_on_the_cpu(hf_path: Path, topology: Topology)
     batch = make_batch(6, max_prompt=30, max_response=60)
     with torch.no_grad():
         logits = forward_logits(learner.model, build_micro_batch(batch, np.arange(6), topology.device))[0]
-        expected = torch.cat(hf_logits(load_qwen2(hf_path), batch))
+        expected = torch.cat(hf_logits(load_hf(hf_path), batch))
     assert logits.device.type == "cuda"
     assert float((logits[:, : learner.spec.vocab_size].cpu() - expected).abs().max()) < 1e-4
     assert same_tensors(exported(learner), source_tensors(hf_path))
@@ -92,7 +92,7 @@ def test_scores_equal_transformers_in_fp64(hf_path: Path, topology: Topology) ->
     batch = make_batch(12)
     scores = make_learner(make_config(hf_path), topology).score(batch)
     with torch.no_grad():
-        logits = hf_logits(load_qwen2(hf_path, torch.float64), batch)
+        logits = hf_logits(load_hf(hf_path, torch.float64), batch)
     for row, (z, sequence) in enumerate(zip(logits, sequences(batch), strict=True)):
         dense = dense_scores(z, *sequence)
         assert abs(scores.trajectory_score[row] - float(dense.trajectory_score)) < 2e-4

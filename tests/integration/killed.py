@@ -179,8 +179,8 @@ def _watch_trainer(script: Script) -> None:
 
     export_weights, original = Learner.export_weights, Trainer.resume
 
-    def exported(self: Learner) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in export_weights(self):
+    def exported(self: Learner, *, wanted: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in export_weights(self, wanted=wanted):
             script.event(f"tensor {name}")
             yield name, tensor
 

@@ -11,23 +11,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reval_mcore.architecture import read_spec
-from reval_mcore.mcore.hf_mapping import (
-    check_weights,
-    export_weights,
-    from_shards,
-    hf_shapes,
-    to_shard,
-)
+from reval_mcore.architecture import in_both_forms, read_spec
+from reval_mcore.mcore.hf_directory import check_weights
+from reval_mcore.mcore.hf_mapping import from_shards, hf_shapes, to_shard
 from reval_mcore.mcore.model import build_model, forward_logits
 from reval_mcore.mcore.packing import build_micro_batch
+from reval_mcore.mcore.weight_export import export_weights
 from tests.builders import (
+    FAMILY_FIELDS,
     edit_config,
     hf_logits,
-    load_qwen2,
+    load_hf,
     make_batch,
     make_config,
     same_tensors,
+    save_model,
     save_qwen2,
     source_tensors,
 )
@@ -50,14 +48,43 @@ def logit_difference(model: GPTModel, directory: Path, topology: Topology) -> fl
     micro_batch = build_micro_batch(batch, torch.arange(len(batch)).numpy(), topology.device)
     with torch.no_grad():
         found = forward_logits(model, micro_batch)[0, :, : spec.vocab_size].float().cpu()
-        expected = torch.cat(hf_logits(load_qwen2(directory), batch))
+        expected = torch.cat(hf_logits(load_hf(directory), batch))
     assert expected.std() > 0.5  # a flat model would agree with anything
     return float((found - expected).abs().max())
 
 
 def export(model: GPTModel, directory: Path, topology: Topology) -> dict[str, torch.Tensor]:
-    weights = export_weights(model, read_spec(directory), topology.groups)
+    weights = export_weights(model, read_spec(directory), topology.groups, bucket_bytes=1 << 14)
     return {name: tensor.cpu() for name, tensor in weights}
+
+
+FAMILIES = [(family, tied) for family in FAMILY_FIELDS for tied in (False, True)]
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_every_family_has_the_logits_of_transformers_and_exports_its_source(
+    family: str, tied: bool, topology: Topology, tmp_path: Path
+) -> None:
+    """One after the other in this process: nothing of a family's mapping leaks into the next."""
+    directory = save_model(family, tmp_path, tie_word_embeddings=tied)
+    model = build(directory, topology)
+    assert logit_difference(model, directory, topology) < 1e-4
+    assert same_tensors(export(model, directory, topology), source_tensors(directory))
+
+
+def test_an_attention_window_is_a_limit_of_length(topology: Topology, tmp_path: Path) -> None:
+    """Mistral 7B v0.1: within its window, attention is what it would be without one."""
+    directory = save_model("mistral", tmp_path, sliding_window=90)
+    assert read_spec(directory).max_position_embeddings == 90
+    assert logit_difference(build(directory, topology), directory, topology) < 1e-4
+    assert read_spec(save_model("mistral", tmp_path / "wide", sliding_window=4096)).max_position_embeddings == 128
+
+
+def test_scaling_of_the_rotary_embedding_would_be_missed(topology: Topology, tmp_path: Path) -> None:
+    directory = save_model("llama", tmp_path / "scaled")
+    assert read_spec(directory).rope.scaling_factor == 8.0
+    plain = save_model("llama", tmp_path / "plain", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert logit_difference(build(plain, topology), directory, topology) > 1e-2
 
 
 MODELS: Mapping[str, dict[str, Any]] = {
@@ -123,7 +150,7 @@ def test_config_of_transformers_4_and_5_give_the_same_model(theta: float, topolo
     )
     assert "rope_parameters" in (version_5 / "config.json").read_text(encoding="utf-8")
     assert read_spec(version_4) == read_spec(version_5)
-    assert read_spec(version_4).rope_theta == theta
+    assert read_spec(version_4).rope.theta == theta
     # transformers is shown the version 5 file: the reference must not depend on what it makes of the other
     assert logit_difference(build(version_4, topology), version_5, topology) < 1e-4
 
@@ -161,6 +188,17 @@ def test_the_default_rope_theta_would_be_noticed(topology: Topology, tmp_path: P
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
         ({"rope_parameters": "default"}, "rope_parameters = 'default'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"rope_interleave": True}, "rope_interleave = True: is not understood"),
+        ({"mlp_bias": True}, "mlp_bias = True: is not understood"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures"),
+        ({"rope_theta": 1e4}, "contradicts rope_theta = 10000.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2.0}}, "factor = 2.0"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "factor = None of rope_type = 'llama3'"),
+        (
+            {"rope_parameters": {**FAMILY_FIELDS["llama"]["rope_parameters"], "low_freq_factor": 2.0}},
+            "low_freq_factor = 2.0 of rope_type = 'llama3': is not supported; give a model with 1.0",
+        ),
     ],
 )
 def test_configs_that_would_give_another_model_are_refused_by_field(
@@ -172,6 +210,41 @@ def test_configs_that_would_give_another_model_are_refused_by_field(
         read_spec(directory)
     assert named in str(caught.value)
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "named"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias = True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias = True"),
+        ("mistral", {"sliding_window": "4096"}, "sliding_window = '4096'"),
+    ],
+)
+def test_what_a_family_does_not_have_here_is_refused(
+    family: str, fields: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    directory = save_model(family, tmp_path)
+    edit_config(directory, **fields)
+    with pytest.raises(ValueError) as caught:
+        read_spec(directory)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILY_FIELDS)
+def test_both_forms_of_config_json_say_what_one_said(family: str, tmp_path: Path) -> None:
+    """Also without the form of transformers 5, as version 4 would see it; and transformers 5 reads both as before."""
+    from transformers import AutoConfig
+
+    directory = save_model(family, tmp_path)
+    spec, before = read_spec(directory), AutoConfig.from_pretrained(directory)
+    both = in_both_forms(json.loads((directory / "config.json").read_text()))
+    (directory / "config.json").write_text(json.dumps(both))
+    assert read_spec(directory) == spec
+    assert AutoConfig.from_pretrained(directory).rope_parameters == before.rope_parameters
+    edit_config(directory, rope_parameters=None)
+    assert read_spec(directory) == spec
+    assert in_both_forms(json.loads((directory / "config.json").read_text())) == both
 
 
 def test_a_directory_without_config_or_weights_is_refused(topology: Topology, tmp_path: Path) -> None:
@@ -216,9 +289,13 @@ def one_file(directory: Path, **more: torch.Tensor) -> Path:
 @pytest.mark.parametrize(
     ("name", "tensor", "says"),
     [
-        ("model.layers.2.mlp.up_proj.weight", torch.zeros(80, 32), "config.json has no place for it"),
-        ("model.norm.weight", torch.zeros(32, dtype=torch.int8), "is of type I8; F32"),
-        ("model.norm.weight", torch.zeros(31), "has shape [31], config.json asks for [32]"),
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            torch.zeros(80, 32),
+            "is in model.safetensors, and config.json has no place for it",
+        ),
+        ("model.norm.weight", torch.zeros(32, dtype=torch.int8), "is of type I8 in model.safetensors; F32"),
+        ("model.norm.weight", torch.zeros(31), "has shape [31] in model.safetensors, config.json asks for [32]"),
         ("lm_head.weight", torch.zeros(3), None),  # tied, so nobody reads it
         ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(4), None),
     ],

@@ -25,7 +25,7 @@ from tests.builders import (
     hf_gradients,
     hf_logits,
     learner_gradients,
-    load_qwen2,
+    load_hf,
     main_gradient,
     make_batch,
     make_config,
@@ -90,7 +90,7 @@ def test_parameter_gradients_of_an_update_equal_transformers_in_fp64(
     assert len(pack(batch, max_tokens=100, device=topology.device)) > 2
     stats = update(learner, batch, config)
 
-    model = load_qwen2(hf_path, torch.float64)
+    model = load_hf(hf_path, torch.float64)
     loss, residual = dense_loss(
         hf_logits(model, batch),
         batch,

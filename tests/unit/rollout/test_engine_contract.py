@@ -14,7 +14,7 @@ from reval_mcore.randomness import stream_key
 from reval_mcore.records import VersionSpan
 from reval_mcore.rollout.embedded import EmbeddedEngine
 from reval_mcore.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-from tests.builders import VOCABULARY, load_qwen2, save_qwen2, source_tensors
+from tests.builders import VOCABULARY, load_hf, save_qwen2, source_tensors
 
 STOP = 7
 SAMPLING = SamplingParams(max_response_tokens=12, stop_token_ids=(STOP,))
@@ -43,7 +43,7 @@ def dense_logprobs(hf_path: Path, request: GenerationRequest, response: np.ndarr
     """fp64 log-softmax of one whole sequence, at temperature 1."""
     tokens = torch.tensor([*request.token_ids, *response.tolist()])
     with torch.no_grad():
-        logprobs = load_qwen2(hf_path)(tokens[None]).logits[0].double().log_softmax(-1)
+        logprobs = load_hf(hf_path)(tokens[None]).logits[0].double().log_softmax(-1)
     first = len(request.token_ids) - 1
     return logprobs[first:-1].gather(-1, tokens[first + 1 :, None])[:, 0].numpy()
 
@@ -99,7 +99,7 @@ def test_samples_follow_the_policy(engine: RolloutEngine, hf_path: Path) -> None
     """Chi-square of the first token against transformers' softmax, tempered and cut by top-k and top-p alike."""
     prompt, number = (3, 14, 15), 4000
     with torch.no_grad():
-        logits = load_qwen2(hf_path)(torch.tensor([prompt])).logits[0, -1].double() / 0.8
+        logits = load_hf(hf_path)(torch.tensor([prompt])).logits[0, -1].double() / 0.8
     logits[logits < logits.topk(30).values[-1]] = -torch.inf
     probabilities = logits.softmax(-1)
     ranked, order = probabilities.sort(descending=True)
@@ -117,7 +117,7 @@ def test_samples_follow_the_policy(engine: RolloutEngine, hf_path: Path) -> None
 
 
 def test_greedy_is_the_argmax_of_transformers(engine: RolloutEngine, hf_path: Path) -> None:
-    model = load_qwen2(hf_path)
+    model = load_hf(hf_path)
     batch = requests(10)
     for request, response in zip(batch, engine.generate(batch, replace(SAMPLING, temperature=0.0)), strict=True):
         tokens = list(request.token_ids)
