@@ -31,7 +31,7 @@ from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.model import resolve_implementation
 from reval_mcore.mcore.topology import Topology, launched_world_size, open_topology
-from reval_mcore.mcore.weight_checkpoint import WeightCheckpoint, check_checkpoint, find_weights
+from reval_mcore.mcore.weight_checkpoint import WeightCheckpoint, check_checkpoint, check_files, find_weights
 from reval_mcore.metrics import MetricsWriter
 from reval_mcore.prompts import (
     load_prompts,
@@ -157,6 +157,8 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         inputs = _input_hashes(config, tokenizer)
         found = ranks.share(lambda: directory.open(config, inputs=inputs, allow_changed=allow_changed))
         stack.enter_context(_log_to(ranks.share(directory.begin_attempt), found, ranks))
+        if config.model.has_checkpoint and found is None:
+            ranks.share(lambda: check_files(find_weights(config.model.checkpoint)))
         learner = Learner(config, topology)
         logger.info("%s processes on %s, with %s", topology.world_size, topology.device, learner.kernels)
         engine = _make_engine(config, topology)

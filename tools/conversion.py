@@ -42,6 +42,7 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 def run(name: str, parser: argparse.ArgumentParser, execute: Callable[[argparse.Namespace], int]) -> int:
     """Exit status: what `execute` says, or 2 for an error of the user, told in one message."""
     arguments = parser.parse_args()
+    _quiet_libraries()
     try:
         return execute(arguments)
     except OSError as error:
@@ -53,6 +54,14 @@ def run(name: str, parser: argparse.ArgumentParser, execute: Callable[[argparse.
             raise
         print(f"{name}: {error}", file=sys.stderr)
     return 2
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and warnings of libraries about their own internals: nobody who converts can act on them."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
 
 
 @contextlib.contextmanager

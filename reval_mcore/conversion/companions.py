@@ -9,8 +9,8 @@ from pathlib import Path
 
 from reval_mcore.architecture import in_both_forms
 from reval_mcore.config import read_json
+from reval_mcore.mcore.weight_checkpoint import MANIFEST
 
-MANIFEST = "manifest.json"
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.config import ModelConfig
@@ -58,6 +59,7 @@ def compare_logits(hf: Path, checkpoint: Path, prompts: Sequence[np.ndarray], dt
 
 
 def _of_transformers(hf: Path, prompts: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).float().eval()
     return [model(torch.from_numpy(tokens)[None]).logits[0] for tokens in prompts]
 

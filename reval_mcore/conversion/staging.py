@@ -59,7 +59,7 @@ class Staging:
     def note(self, part: Mapping[str, Any]) -> None:
         """A part is on the disk, fsynced."""
         self._append(part)
-        self.done.append(dict(part))
+        self.done.append(json.loads(json.dumps(part)))  # as it would be read: the same files, cut off or not
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with (self.path / PROGRESS).open("ab", buffering=0) as file:

@@ -18,7 +18,7 @@ from reval_mcore.conversion.staging import Staging, staged
 from reval_mcore.conversion.tensors import DtypeName, OnProgress, dtype_name, dtype_named, nothing_to_tell
 from reval_mcore.durable import crc32, fsync, raise_if_full
 from reval_mcore.mcore.hf_mapping import FINAL_NORM, CheckpointParameter, checkpoint_parameters, from_shards, hf_shapes
-from reval_mcore.mcore.weight_checkpoint import WeightCheckpoint, check_checkpoint
+from reval_mcore.mcore.weight_checkpoint import WeightCheckpoint, check_checkpoint, check_files
 
 Which = Literal["policy", "reference"]
 _INDEX = "model.safetensors.index.json"
@@ -51,6 +51,7 @@ def convert_to_hf(
     spec = read_spec(source.hf)
     checkpoint = open_checkpoint(source, spec, which)
     target = dtype_named(dtype, checkpoint.dtype(FINAL_NORM))
+    check_files(source.weights)
     shards = _plan(spec, target, max_shard_bytes)
     made_from = {
         "conversion": "mcore_to_hf 1",

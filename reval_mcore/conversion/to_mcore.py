@@ -2,7 +2,7 @@
 
 OUT/weights/        the checkpoint: torch_dist, as megatron-core would write it in one process
 OUT/config.json, tokenizer, template, generation_config.json
-OUT/manifest.json   a CRC32 of every source tensor, and the size of every file of the checkpoint
+OUT/manifest.json   a CRC32 of every source tensor, and of every file of the checkpoint
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from reval_mcore.architecture import ModelSpec, read_spec
-from reval_mcore.conversion.companions import MANIFEST, copy_companions
+from reval_mcore.conversion.companions import copy_companions
 from reval_mcore.conversion.staging import Staging, staged
 from reval_mcore.conversion.tensors import DtypeName, OnProgress, dtype_name, dtype_named, nothing_to_tell, raw_bytes
 from reval_mcore.durable import crc32, fsync, raise_if_full, write_json
 from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.hf_mapping import hf_shapes
-from reval_mcore.mcore.weight_checkpoint import WEIGHTS, Chunk, WeightCheckpointWriter, plan_chunks
+from reval_mcore.mcore.weight_checkpoint import MANIFEST, WEIGHTS, Chunk, WeightCheckpointWriter, plan_chunks
 from reval_mcore.mcore.weight_files import SAFETENSORS_DTYPES, TensorFile, WeightFiles
 
 _FILE_BYTES = 1 << 29  # of the checkpoint, at least; a file is what a conversion that was cut off need not do again
@@ -50,7 +50,7 @@ def convert_to_mcore(
     with staged(out, source) as staging:
         crc32s = _write_weights(reader, spec, target, staging, on_progress)
         copy_companions(hf, staging.path, dtype=dtype_name(target))
-        write_json(staging.path / MANIFEST, _manifest(reader, spec, target, staging.path / WEIGHTS, crc32s))
+        write_json(staging.path / MANIFEST, _manifest(reader, spec, target, crc32s, staging))
         staging.publish()
 
 
@@ -77,22 +77,20 @@ def _target_dtype(hf: Path, reader: WeightFiles, spec: ModelSpec, wanted: DtypeN
 
 
 def _manifest(
-    reader: WeightFiles, spec: ModelSpec, dtype: torch.dtype, weights: Path, crc32s: Mapping[str, int]
+    reader: WeightFiles, spec: ModelSpec, dtype: torch.dtype, crc32s: Mapping[str, int], staging: Staging
 ) -> dict[str, Any]:
+    def source(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        place = {"file": reader.file_of(name), "dtype": reader[name].dtype, "shape": shape}
+        return {**place, "crc32": f"{crc32s[name]:08x}"}
+
+    known = {part["file"]: part["file_crc32"] for part in staging.done}
+    files = sorted((staging.path / WEIGHTS).iterdir())
     return {
         "format": "reval_mcore.weights",
         "format_version": 1,
         "dtype": dtype_name(dtype),
-        "source": {
-            name: {
-                "file": reader.file_of(name),
-                "dtype": reader[name].dtype,
-                "shape": shape,
-                "crc32": f"{crc32s[name]:08x}",
-            }
-            for name, shape in hf_shapes(spec).items()
-        },
-        "files": {path.name: path.stat().st_size for path in sorted(weights.iterdir())},
+        "source": {name: source(name, shape) for name, shape in hf_shapes(spec).items()},
+        "crc32": {f"{WEIGHTS}/{file.name}": known.get(file.name) or crc32(file) for file in files},
     }
 
 
@@ -143,7 +141,13 @@ def _write_weights(
         for number, chunks in enumerate(files[len(staging.done) :], start=len(staging.done)):
             results = writer.write_file(number, chunks, tensor)
             fsync(weights)
-            staging.note({"results": list(map(_as_json, results)), "crc32s": crc32s})
+            name = results[0].storage_data.relative_path
+            staging.note({
+                "file": name,
+                "file_crc32": crc32(weights / name),
+                "results": list(map(_as_json, results)),
+                "crc32s": crc32s,
+            })  # fmt: skip
         writer.finish(len(files), [list(map(_from_json, part["results"])) for part in staging.done])
     except RuntimeError:  # torch's writer, which keeps the errno to itself
         raise_if_full(weights)

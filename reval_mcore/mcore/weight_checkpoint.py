@@ -41,6 +41,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from reval_mcore.architecture import ModelSpec
+from reval_mcore.config import read_json
+from reval_mcore.durable import crc32
 from reval_mcore.mcore.checkpoint import load
 from reval_mcore.mcore.hf_mapping import (
     CheckpointParameter,
@@ -51,6 +53,7 @@ from reval_mcore.mcore.hf_mapping import (
     to_shard,
 )
 
+MANIFEST = "manifest.json"
 WEIGHTS = "weights"  # where a checkpoint of weights lies in a converted directory, and in a checkpoint of a run
 _ROWS_OF_TABLE = 1 << 14  # of an embedding or output layer in one chunk: what a reader holds at a time
 # megatron-core saves these of its linear layers; they hold nothing, but a strict load asks for them
@@ -214,6 +217,21 @@ def find_weights(directory: Path) -> Path:
     )
 
 
+def check_files(weights: Path) -> None:
+    """Raises ValueError that names the files that are not what was written: their CRC32s are in the manifest beside
+    the checkpoint. torch reads a flipped bit without a word. A checkpoint without a manifest is taken as it is."""
+    path = weights.parent / MANIFEST
+    if not path.is_file():
+        return
+    known = read_json(path).get("crc32", {})
+    for name, value in known.items():
+        if not name.startswith(f"{WEIGHTS}/"):
+            continue
+        file = weights.parent / name
+        if not file.is_file() or crc32(file) != value:
+            raise ValueError(f"{file}: damaged, its CRC32 is not that of {path}; convert or fetch it again")
+
+
 @torch.no_grad()
 def load_checkpoint_weights(model: GPTModel, directory: Path, spec: ModelSpec) -> None:
     """Fill this rank's parameters from what a user names, see `find_weights`; collective.
@@ -225,7 +243,8 @@ def load_checkpoint_weights(model: GPTModel, directory: Path, spec: ModelSpec) -
     entries = model.sharded_state_dict()
     # without the extra states: they hold nothing, and a checkpoint has those of the layer spec that wrote it
     template = {name: entry for name, entry in entries.items() if not isinstance(entry, ShardedObject)}
-    unknown = model.load_state_dict(load(weights, template), strict=False)
+    state = load(weights, template)  # and what else is in the checkpoint of a run
+    unknown = model.load_state_dict({name: state[name] for name in template}, strict=False)
     assert all(name.endswith("_extra_state") for name in unknown.missing_keys), unknown.missing_keys
     assert not unknown.unexpected_keys, unknown.unexpected_keys
 

@@ -244,7 +244,8 @@ def test_both_forms_of_config_json_say_what_one_said(family: str, tmp_path: Path
     assert AutoConfig.from_pretrained(directory).rope_parameters == before.rope_parameters
     edit_config(directory, rope_parameters=None)
     assert read_spec(directory) == spec
-    assert in_both_forms(json.loads((directory / "config.json").read_text())) == both
+    again = in_both_forms(json.loads((directory / "config.json").read_text()))
+    assert {key: again.get(key) for key in both} == both
 
 
 def test_a_directory_without_config_or_weights_is_refused(topology: Topology, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""The conversion tools as commands: killed at random moments, and a run that starts from what they made."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.builders import same_tensors, save_qwen2, source_tensors
+from tests.integration.test_train import ROOT, SMALL, paths_of, reval
+
+_NUM_KILLS = 3
+_DEADLINE_S = 200.0
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 150 MB: converting takes long enough to be killed in the middle."""
+    sizes = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}
+    return save_qwen2(tmp_path_factory.mktemp("conversion") / "hf", **sizes)
+
+
+def start(tool: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", f"tools.{tool}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=_DEADLINE_S)
+    assert process.returncode == 0, err
+    return out
+
+
+def kill_within(process: subprocess.Popen[str], progress: Path, stream: random.Random) -> None:
+    """SIGKILL after its first part is on the disk, or a moment later."""
+    deadline = time.monotonic() + _DEADLINE_S
+    while process.poll() is None and not progress.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(stream.uniform(0.0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_killed_at_random_moments_both_tools_end_with_the_same_files(hf: Path, tmp_path: Path) -> None:
+    stream = random.Random(0)
+    ways = (
+        ("convert_hf_to_mcore", ("--hf", str(hf))),
+        ("convert_mcore_to_hf", ("--checkpoint", str(tmp_path / "whole_mcore"), "--max-shard-bytes", "20000000")),
+    )
+    for tool, source in ways:
+        kind = tool.rpartition("_")[2]
+        whole, out = tmp_path / f"whole_{kind}", tmp_path / kind
+        finish(start(tool, *source, "--out", str(whole)))
+        for _ in range(_NUM_KILLS):
+            process = start(tool, *source, "--out", str(out))
+            kill_within(process, tmp_path / f".{kind}.converting" / "progress.jsonl", stream)
+            if process.returncode == 0:  # it was faster
+                break
+            assert not out.exists()
+        if not out.exists():
+            finish(start(tool, *source, "--out", str(out)))
+        assert contents(out) == contents(whole)
+    assert same_tensors(source_tensors(tmp_path / "hf"), source_tensors(hf))
+
+
+def test_a_run_starts_from_a_converted_model_and_its_policy_comes_back_out(tiny_model: Path, tmp_path: Path) -> None:
+    """The same run as from the HF directory, which the converted one stands in for altogether."""
+    converted = tmp_path / "converted"
+    said = finish(start("convert_hf_to_mcore", "--hf", str(tiny_model), "--out", str(converted), "--verify"))
+    assert "tensors: 0 of" in said
+    assert not list(converted.rglob("*.safetensors"))
+    metrics = []
+    short = (*SMALL, "run.num_iterations=2", "logging.tensorboard=false")
+    for name, model in (
+        ("from_hf", ()),
+        ("from_mcore", (f"model.hf_path={converted}", f"model.checkpoint={converted}")),
+    ):
+        done = reval("train", "configs/demo.toml", *paths_of(tiny_model, tmp_path / name), *short, *model)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        metrics.append([{k: v for k, v in line.items() if "seconds" not in k and k != "time"} for line in lines])
+    assert metrics[0] == metrics[1]
+    run, out = tmp_path / "from_mcore", tmp_path / "out"
+    said = finish(start("convert_mcore_to_hf", "--checkpoint", str(run), "--out", str(out), "--verify"))
+    assert "tensors: 0 of" in said
+    inspect = start("inspect_checkpoint", str(run), str(out))
+    assert "all the same" in finish(inspect)
+    inspect = start("inspect_checkpoint", str(tiny_model), str(out))
+    said, _ = inspect.communicate(timeout=_DEADLINE_S)
+    assert inspect.returncode == 1
+    assert "tensors differ" in said
+    assert "iteration 2, " in finish(start("inspect_checkpoint", str(run)))
