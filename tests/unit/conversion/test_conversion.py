@@ -69,6 +69,7 @@ def test_a_converted_checkpoint_is_what_megatron_core_writes(
         for parameter in model.parameters():
             parameter.zero_()
     state = dist_checkpointing.load(model.sharded_state_dict(), str(tmp_path / "converted/weights"))
+    assert isinstance(state, dict)
     model.load_state_dict(state)
     assert same_tensors({name: parameter.detach() for name, parameter in model.named_parameters()}, before)
 
@@ -294,6 +295,10 @@ def test_a_wrong_source_is_refused_by_file_and_tensor(
     assert not (tmp_path / "out").exists()
 
 
+def cut(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
 def flipped(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -303,11 +308,11 @@ def flipped(path: Path) -> None:
 WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no checkpoint": (lambda d: (d / "weights" / ".metadata").unlink(), ("no checkpoint in it",)),
     "torn metadata": (
-        lambda d: (d / "weights" / ".metadata").write_bytes((d / "weights" / ".metadata").read_bytes()[:500]),
+        lambda d: cut(d / "weights" / ".metadata", 500),
         (".metadata: cannot be read", "damaged"),
     ),
     "truncated": (
-        lambda d: (d / "weights" / "__0_0.distcp").write_bytes((d / "weights" / "__0_0.distcp").read_bytes()[:9000]),
+        lambda d: cut(d / "weights" / "__0_0.distcp", 9000),
         ("__0_0.distcp: damaged",),
     ),
     "a flipped bit": (lambda d: flipped(d / "weights" / "__0_0.distcp"), ("__0_0.distcp: damaged",)),
