@@ -25,11 +25,6 @@ _DEADLINE_S = 200.0
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 MB: converting takes long enough to be killed in the middle."""
     sizes: dict[str, Any] = {"vocab_size": 9000, "hidden_size": 512, "intermediate_size": 1024}
-        "vocab_size": 20_000,
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-    }
     return save_qwen2(tmp_path_factory.mktemp("conversion") / "hf", **sizes)
 
 

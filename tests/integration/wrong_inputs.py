@@ -341,7 +341,7 @@ COMMANDS: Mapping[str, Case] = {
     "export_of_no_checkpoint": case(export("--checkpoint", "run"), trained=True),
     "export_to_a_full_directory": case(export(), file("out/config.json", "{}"), trained=True),
     "export_to_a_file": case(export(), file("out", ""), trained=True),
-    "export_may_not_write": case(export(), locked("out", 0o555), trained=True),
+    "export_may_not_write": case(("export", "run", "--out", "readonly/out"), locked("readonly", 0o555), trained=True),
     "report_of_no_run": case(("report", "run")),
     "report_too_early": case(("report", "run"), file("run/metrics.jsonl", "")),
     "report_of_a_damaged_line": case(("report", "run"), file("run/metrics.jsonl", f"{OF_A_RUN}iteration 1\n")),
