@@ -1,4 +1,4 @@
-"""How a run is asked to stop, and how it says why it ended. (Quotas, leases and wake-ups will live here too.)"""
+"""How a run is asked to stop."""
 
 from __future__ import annotations
 

@@ -1,0 +1,27 @@
+"""How the processes of a run tell each other what to do: signals to stop, and small files below RUN/control."""
+
+from reval_mcore.control.leases import (
+    Collection,
+    Heart,
+    Heartbeat,
+    Lease,
+    LeaseKeeper,
+    block_id,
+    block_of,
+    quota_blocks,
+    read_collection,
+)
+from reval_mcore.control.stop import StopSignals
+
+__all__ = [
+    "Collection",
+    "Heart",
+    "Heartbeat",
+    "Lease",
+    "LeaseKeeper",
+    "StopSignals",
+    "block_id",
+    "block_of",
+    "quota_blocks",
+    "read_collection",
+]
