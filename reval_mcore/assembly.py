@@ -44,7 +44,8 @@ from reval_mcore.prompts import (
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt
 from reval_mcore.replay.buffer import ReplayBuffer
-from reval_mcore.replay.shards import ShardName, ShardWriter
+from reval_mcore.replay.samplers import make_sampler
+from reval_mcore.replay.shards import ShardWriter, next_incarnation
 from reval_mcore.rollout.embedded import EmbeddedEngine
 from reval_mcore.rollout.engine import RolloutEngine
 from reval_mcore.run_directory import WEIGHTS, Found, RunDirectory, read_trainer_state, versions
@@ -164,13 +165,16 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         engine = _make_engine(config, topology)
         stack.callback(engine.close)
         verifier = stack.enter_context(VerifierPool(config.verifier))
+        max_disk_gib = config.replay.max_disk_gib
         buffer = _open_buffer(config, directory) if ranks.is_first else None
         writer = ShardWriter(
             directory.replay,
             writer=f"inline{ranks.rank:03d}",
-            incarnation=ranks.share(lambda: _next_incarnation(directory.replay)),
+            incarnation=ranks.share(lambda: next_incarnation(directory.replay)),
             tokenizer_hash=tokenizer_hash(tokenizer),
             template_hash=template_hash(tokenizer, config.prompts),
+            max_disk_bytes=None if max_disk_gib == "unlimited" else int(max_disk_gib * 2**30),
+            full_disk_patience_s=config.replay.full_disk_patience_s,
         )
         answerer = Answerer(engine, tokenizer, verifier)
         metrics = _open_metrics(config, directory, found) if ranks.is_first else None
@@ -263,8 +267,14 @@ def _make_engine(config: Config, topology: Topology) -> RolloutEngine:
 
 
 def _open_buffer(config: Config, directory: RunDirectory) -> ReplayBuffer:
+    replay = config.replay
     return ReplayBuffer(
-        directory.replay, capacity=config.replay.capacity, seed=config.run.seed, sampler=config.replay.sampler
+        directory.replay,
+        capacity=replay.capacity,
+        seed=config.run.seed,
+        sampler=make_sampler(replay, config.objective),
+        max_memory_bytes=int(replay.max_memory_gib * 2**30),
+        unlink_delay_s=replay.unlink_delay_s,
     )
 
 
@@ -279,11 +289,6 @@ def _open_metrics(config: Config, directory: RunDirectory, found: Found | None) 
         tensorboard=config.logging.tensorboard,
         console=sys.stdout,
     )
-
-
-def _next_incarnation(replay: Path) -> int:
-    names = [ShardName.parse(path.name) for path in replay.glob("*/*.parquet")]
-    return 1 + max((name.incarnation for name in names if name is not None), default=-1)
 
 
 def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from reval_mcore import __version__
 from reval_mcore.config import Config, check_fields, in_words, load
+from reval_mcore.durable import NO_SPACE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,9 +81,6 @@ class UserError(Exception):
     """Something that the user can mend; the message says what and how."""
 
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextlib.contextmanager
 def _blame_user() -> Iterator[None]:
     """Within it, a ValueError or OSError is about what the user gave: a setting, a file, a directory."""
@@ -114,7 +111,7 @@ def _train(arguments: argparse.Namespace) -> None:
         try:
             reason = trainer.run()
         except OSError as error:
-            if error.errno not in _NO_SPACE:
+            if error.errno not in NO_SPACE:
                 raise
             raise UserError(
                 f"{in_words(error)}: it goes on from the last checkpoint, or starts over where there is none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, a full quota and a limit on files say
 
 
 def _not_written(path: object, error: OSError) -> OSError:
@@ -25,6 +28,14 @@ def fsync(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, where they are not there, and have their names outlive a power cut."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing or [path]:  # made a moment ago by a process that was killed, it may not be on the disk yet
+        fsync(each.parent)
 
 
 def crc32(path: Path) -> int:

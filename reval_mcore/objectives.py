@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from reval_mcore.config import ObjectiveConfig, RewardConfig
-from reval_mcore.records import Batch, Objective, ObjectiveOutput, Reduce, Targets, TokenScores
+from reval_mcore.records import Batch, Objective, ObjectiveOutput, Reduce, Rewards, Targets, TokenScores
 
 _STD_EPSILON = 1e-6
 
@@ -27,7 +27,7 @@ _STD_EPSILON = 1e-6
 # ---------------------------------------------------------------- rewards
 
 
-def shape_rewards(batch: Batch, config: RewardConfig) -> np.ndarray:
+def shape_rewards(batch: Rewards, config: RewardConfig) -> np.ndarray:
     """Rewards as the objective sees them, float64 [B]; 0 where there is no verdict.
 
     Group statistics were taken when the group was collected, over its members that have a verdict; batch statistics
@@ -55,7 +55,18 @@ def shape_rewards(batch: Batch, config: RewardConfig) -> np.ndarray:
     return np.where(batch.has_verdict, shaped, 0.0)
 
 
-def make_targets(batch: Batch, config: RewardConfig) -> Targets:
+def importance_weights(batch: Batch, counts: np.ndarray, exponent: float) -> np.ndarray:
+    """float64 [B]: (N p)^-exponent divided by its mean over the rows that count (bool [B]), 0 where they do not.
+
+    N p is how much likelier a row was to be drawn than by a uniform sampler, as prioritized replay corrects for it
+    (arXiv 1511.05952, which divides by the maximum). With the mean, and the number of rows that count as normaliser,
+    the size of a step does not depend on how uneven the priorities are.
+    """
+    weights = np.where(counts, batch.relative_probability**-exponent if exponent else 1.0, 0.0)
+    return weights / weights[counts].mean() if exponent and counts.any() else weights
+
+
+def make_targets(batch: Batch, config: RewardConfig, *, importance_exponent: float = 0.0) -> Targets:
     """Everything of a batch that enters the loss and does not come from the policy.
 
     A response without a verdict (cut at the length limit under "mask" or "bootstrap", or aborted) has no reward term:
@@ -65,7 +76,7 @@ def make_targets(batch: Batch, config: RewardConfig) -> Targets:
     counts = batch.has_verdict | bootstrap
     return Targets(
         reward=torch.from_numpy(shape_rewards(batch, config)),
-        weight=torch.from_numpy(counts.astype(np.float64)),
+        weight=torch.from_numpy(importance_weights(batch, counts, importance_exponent)),
         bootstrap=torch.from_numpy(bootstrap),
         reference_score=torch.from_numpy(batch.reference.trajectory_score),
         reference_initial_value=torch.from_numpy(batch.reference.initial_value),

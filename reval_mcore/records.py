@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -83,6 +83,29 @@ class ReferenceScores:
     reference_version: np.ndarray  # int64 [B]: the reference that made them; -1: not scored yet
 
 
+class Rewards(Protocol):
+    """What the shaping of rewards goes by: of a batch, or of rows whose tokens are not in memory."""
+
+    @property
+    def reward(self) -> np.ndarray: ...  # float32 [B], raw
+    @property
+    def group_reward_mean(self) -> np.ndarray: ...  # float32 [B]
+    @property
+    def group_reward_std(self) -> np.ndarray: ...  # float32 [B]
+    @property
+    def has_verdict(self) -> np.ndarray: ...  # bool [B]: the reward means something
+
+
+@dataclass(frozen=True, slots=True)
+class RowRewards:
+    """The same of rows of the replay buffer, without their tokens."""
+
+    reward: np.ndarray  # float32 [B], raw
+    group_reward_mean: np.ndarray  # float32 [B]
+    group_reward_std: np.ndarray  # float32 [B]
+    has_verdict: np.ndarray  # bool [B]
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Trajectories for one scoring pass or one update, ragged: row b owns tokens[cu_seqlens[b]:cu_seqlens[b + 1]]."""
@@ -100,6 +123,7 @@ class Batch:
     has_verdict: np.ndarray  # bool [B]: the reward means something
     finish_reason: np.ndarray  # str [B]
     reference: ReferenceScores
+    relative_probability: np.ndarray  # float64 [B]: of the draw, over a uniform one's; 1 where none was by priority
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,7 +179,7 @@ class Targets:
     """Per-trajectory numbers of a micro-batch that do not come from the model: rewards as shaped, reference scores."""
 
     reward: torch.Tensor  # float64 [B], shaped
-    weight: torch.Tensor  # float64 [B]: 1 counts, 0 is masked out (and leaves the normaliser)
+    weight: torch.Tensor  # float64 [B]: 0 is masked out; the others have mean 1, and are 1 without importance weights
     bootstrap: torch.Tensor  # bool [B]: cut before the end, keeps -(V_theta - V_ref) at the cut
     reference_score: torch.Tensor  # float64 [B]: F_ref
     reference_initial_value: torch.Tensor  # float64 [B]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 
 from reval_mcore.ranks import Ranks
-from reval_mcore.records import Batch, Scores
+from reval_mcore.records import Batch, RowRewards, Scores
 from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.replay.shards import SHARDS
 
@@ -63,6 +63,9 @@ class SharedReplay:
 
     def record_update(self, rows: np.ndarray, residuals: np.ndarray) -> None:
         self._ranks.share(lambda: self._first.record_update(rows, residuals))
+
+    def reset_residuals(self, residuals: Callable[[RowRewards], np.ndarray]) -> None:
+        self._ranks.share(lambda: self._first.reset_residuals(residuals))
 
     def statistics(self, policy_version: int) -> dict[str, float]:
         return self._ranks.share(lambda: self._first.statistics(policy_version))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from reval_mcore.durable import write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.metrics import MetricsWriter, PhaseClock
-from reval_mcore.objectives import make_objective, make_targets
+from reval_mcore.objectives import make_objective, make_targets, shape_rewards
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Batch, Prompt, UpdateStats
 from reval_mcore.rollout.engine import RolloutEngine
@@ -132,17 +132,15 @@ class Trainer:
         size = self.config.updates.batch_size
         with self.clock.phase("score"):
             for start in range(0, len(stale), size):
-                chunk = stale[start : start + size]
-                scores = self.learner.score_reference(self.replay.batch(chunk))
-                self.replay.set_reference_scores(chunk, scores, version)
+                batch = self.replay.batch(stale[start : start + size])
+                if len(batch):  # less than asked for where a shard proves to be damaged
+                    self.replay.set_reference_scores(batch.rows, self.learner.score_reference(batch), version)
 
     def batches(self, fresh: np.ndarray) -> Iterator[Batch]:
         """The K batches of an iteration. Under lazy refresh, rows of an older reference are scored here."""
         config, first_update = self.config, self.progress.num_updates
         for index in range(config.updates.per_iteration):
             if index == 0 and config.replay.first_update == "fresh":
-                if len(fresh) == 0:  # the shard was damaged on disk and is in quarantine
-                    continue
                 batch = self.replay.batch(fresh)
             elif len(self.replay) >= max(1, config.replay.min_size):
                 batch = self.replay.sample(config.updates.batch_size, first_update + index)
@@ -150,26 +148,45 @@ class Trainer:
                 return
             if len(self.replay.stale_rows(batch.rows, self.learner.reference_version)):
                 self.score(batch.rows)
-                batch = self.replay.batch(batch.rows)
-            yield batch
+                scored = self.replay.batch(batch.rows)
+                if len(scored) < len(batch):  # a shard was lost since
+                    continue
+                batch = replace(scored, relative_probability=batch.relative_probability)
+            if len(batch):  # none where what is fresh was damaged on disk, and is in quarantine
+                yield batch
 
     def update(self, batch: Batch) -> UpdateStats:
+        targets = make_targets(batch, self.config.reward, importance_exponent=self.importance_exponent())
         with self.clock.phase("update"):
-            stats = self.learner.update(batch, make_targets(batch, self.config.reward), self.objective)
+            stats = self.learner.update(batch, targets, self.objective)
         self.replay.record_update(batch.rows, stats.residual)
         self.progress.num_updates += 1
         self.progress.num_skipped_updates += stats.skipped
-        return stats
+        age = float((self.progress.iteration - batch.policy_version).mean())  # in versions: one an iteration
+        return replace(stats, metrics={**stats.metrics, "age_mean": age})
+
+    def importance_exponent(self) -> float:
+        """From its setting to 1 over all updates of the run; 0 stays 0."""
+        start, config = self.config.replay.importance_exponent, self.config
+        done = self.progress.num_updates / (config.run.num_iterations * config.updates.per_iteration)
+        return start + (1.0 - start) * min(done, 1.0) if start else 0.0
 
     def publish_weights(self, version: int) -> None:
         with self.clock.phase("weights"):
             self.engine.update_weights(self.learner.export_weights(), version)
 
     def reset_reference(self, version: int) -> None:
-        """reference <- policy. Eager refresh sweeps the buffer now, while both are the same weights."""
+        """reference <- policy. Eager refresh sweeps the buffer now, while both are the same weights.
+
+        ReVal's residuals are -r / beta then, and their priorities follow; where shaping goes by a batch, it is by the
+        whole buffer here.
+        """
         with self.clock.phase("reset"):
             self.learner.reset_reference(version)
         self.progress.num_reference_resets += 1
+        if self.config.objective.name == "reval":
+            reward, beta = self.config.reward, self.config.objective.beta
+            self.replay.reset_residuals(lambda rewards: -shape_rewards(rewards, reward) / beta)
         if self.config.reference.refresh == "eager":
             self.score(self.replay.live_rows())
 

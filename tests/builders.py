@@ -179,6 +179,7 @@ def make_batch(
         has_verdict=has_verdict,
         finish_reason=np.where(has_verdict, "stop", "length"),
         reference=ReferenceScores(unscored, unscored, unscored, np.full(size, -1)),
+        relative_probability=np.ones(size),
     )
 
 
@@ -214,6 +215,7 @@ def take(batch: Batch, rows: Sequence[int]) -> Batch:
             reference.final_value[chosen],
             reference.reference_version[chosen],
         ),
+        relative_probability=batch.relative_probability[chosen],
     )
 
 

@@ -51,6 +51,15 @@ def _check_capacity(replay: ReplayConfig, rollout: RolloutConfig, updates: Updat
         )
 
 
+def _check_importance(replay: ReplayConfig) -> Iterator[Problem]:
+    if replay.importance_exponent > 0.0 and replay.sampler == "uniform":
+        yield Problem(
+            "replay.importance_exponent",
+            replay.importance_exponent,
+            'corrects for priorities, and replay.sampler = "uniform" has none; set it to 0, or sampler = "prioritized"',
+        )
+
+
 def _check_micro_batch(prompts: PromptsConfig, rollout: RolloutConfig, updates: UpdatesConfig) -> Iterator[Problem]:
     longest = prompts.max_tokens + rollout.max_response_tokens
     if updates.max_tokens_per_micro_batch < longest:
@@ -119,6 +128,7 @@ def _check_parallel(parallel: ParallelConfig) -> Iterator[Problem]:
 CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_group_shaping, ("reward", "rollout")),
     (_check_capacity, ("replay", "rollout", "updates")),
+    (_check_importance, ("replay",)),
     (_check_micro_batch, ("prompts", "rollout", "updates")),
     (_check_schedule, ("optimizer", "run", "updates")),
     (_check_pass_at_k, ("evaluation",)),

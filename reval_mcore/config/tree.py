@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, Strict, field_validator
 
 
 class Section(BaseModel):
@@ -147,11 +147,36 @@ class ObjectiveConfig(Section):
 class ReplayConfig(Section):
     capacity: PositiveInt
     """M, trajectories kept; the oldest leave first."""
-    sampler: Literal["uniform"] = "uniform"
+    sampler: Literal["uniform", "prioritized"] = "uniform"
+    """"prioritized": in proportion to (|beta residual| + priority_epsilon)^priority_exponent exp(-age / priority_tau);
+    a trajectory that was in no update yet has the largest priority of those before it."""
+    priority_exponent: float = Field(default=0.6, ge=0.0)
+    priority_epsilon: float = Field(default=0.01, gt=0.0)
+    """In units of reward: what a trajectory without a residual still has."""
+    priority_tau: float = Field(default=250.0, gt=0.0)
+    """Policy versions in which a priority falls to 1/e. Without decay, prioritized replay did worse than none."""
+    importance_exponent: float = Field(default=0.0, ge=0.0, le=1.0)
+    """0: off. Else losses are weighted by (N p)^-exponent over its batch mean, and the exponent grows from this to 1
+    over all updates of the run."""
     first_update: Literal["fresh", "uniform"] = "fresh"
     """The first update of an iteration: on the trajectories admitted last (the paper's appendix A), or sampled."""
     min_size: int = Field(default=0, ge=0)
     """No sampled update before the buffer holds this many."""
+    max_memory_gib: float = Field(default=16.0, gt=0.0)
+    """Trajectories in the first process's memory, 9 bytes a token; others are read from disk when sampled."""
+    max_disk_gib: float | Literal["unlimited"] = "unlimited"
+    """Largest size of the replay directory, checked before each write; evicted shards count while they are kept."""
+    full_disk_patience_s: float = Field(default=30.0, ge=0.0)
+    """How long a writer waits for room on a full disk, or under max_disk_gib, before the run ends."""
+    unlink_delay_s: float = Field(default=60.0, ge=0.0)
+    """Evicted shards stay on disk for so long, for readers on other nodes; longer where a checkpoint needs them."""
+
+    @field_validator("max_disk_gib")
+    @classmethod
+    def _is_size(cls, value: float | str) -> float | str:
+        if isinstance(value, float | int) and value <= 0.0:
+            raise ValueError('give a number > 0, or "unlimited"')
+        return value
 
 
 class UpdatesConfig(Section):

@@ -18,7 +18,7 @@ from reval_mcore.config import Config
 from reval_mcore.mcore import checkpoint
 from reval_mcore.mcore.model import build_model, resolve_implementation
 from reval_mcore.mcore.optimizer import Optimizer
-from reval_mcore.mcore.passes import Passes, wrap_model
+from reval_mcore.mcore.passes import Passes, normalizer, wrap_model
 from reval_mcore.mcore.reference import WeightCopies
 from reval_mcore.mcore.topology import Topology
 from reval_mcore.mcore.weight_export import export_weights
@@ -102,13 +102,13 @@ class Learner:
             self.num_updates += 1
             self._reference_is_policy = False
         weight = targets.weight.numpy()
-        total = max(weight.sum(), 1.0)
+        total = normalizer(targets)
         metrics = {
             "loss": float(result.loss.sum() / total),
             "grad_norm": step.grad_norm,
             "clipped_grad_norm": step.clipped_grad_norm,
             "learning_rate": step.learning_rate,
-            "masked_fraction": float(1.0 - weight.mean()),
+            "masked_fraction": float((weight == 0.0).mean()),
         }
         metrics |= {name: float((values * weight).sum() / total) for name, values in result.metrics.items()}
         return UpdateStats(residual=result.residual, metrics=metrics, skipped=step.skipped)

@@ -224,7 +224,7 @@ class Passes:
 
 def normalizer(targets: Targets) -> float:
     """Trajectories that count, over all ranks: each is given the whole batch."""
-    return max(float(targets.weight.sum()), 1.0)
+    return max(float(targets.weight.count_nonzero()), 1.0)
 
 
 def linearize(

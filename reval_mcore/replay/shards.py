@@ -1,7 +1,7 @@
 """Replay shards: immutable Parquet files of whole groups, one row a trajectory.
 
     shards/<writer>-<incarnation>-<seq>.parquet   complete; a rename brings them here
-    tmp/                                          unfinished writes, swept by their own writer
+    tmp/<writer>-<incarnation>/                   unfinished writes; the folder claims the name for one process
     quarantine/                                   shards that failed a check
 
 Page checksums are written and verified, which catches any damage to the data; with only one of the two, flipped bits
@@ -12,14 +12,18 @@ another node unlinks or truncates kills the reader with SIGBUS.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import errno
 import json
+import logging
 import os
 import re
+import shutil
+import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -27,13 +31,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reval_mcore.durable import fsync
+from reval_mcore.durable import NO_SPACE, fsync, make_directory
 from reval_mcore.records import FinishReason, Trajectory, VerdictReason, VersionSpan
 
+logger = logging.getLogger(__name__)
+
 SHARDS, TMP, QUARANTINE = "shards", "tmp", "quarantine"
+_RETRY_S = 1.0
 SCHEMA_VERSION = 1
 _METADATA_KEY, _METADATA_CRC_KEY = b"reval_mcore.shard", b"reval_mcore.shard.crc32"
-_REWARDS = ("reward", "group_reward_mean", "group_reward_std")
+REWARDS = ("reward", "group_reward_mean", "group_reward_std")
 
 
 def _list(element: pa.DataType) -> pa.DataType:
@@ -65,23 +72,12 @@ _COLUMNS: dict[str, pa.DataType] = {  # names and order of records.Trajectory
     "collected_at": pa.float64(),
 }
 SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
-_TOKEN_COLUMNS = {
+TOKEN_COLUMNS = {
     "prompt_tokens": np.int32,
     "response_tokens": np.int32,
     "loss_mask": np.bool_,
     "rollout_logprobs": np.float32,
 }
-
-ROW_DTYPE = np.dtype([
-    ("length", np.int64),  # prompt plus response tokens
-    ("prompt_length", np.int64),
-    ("policy_version", np.int64),  # of the first response token
-    ("reward", np.float32),
-    ("group_reward_mean", np.float32),
-    ("group_reward_std", np.float32),
-    ("has_verdict", np.bool_),
-    ("finish_reason", f"U{max(map(len, get_args(FinishReason)))}"),
-])  # fmt: skip
 
 
 class CorruptShardError(Exception):
@@ -92,7 +88,7 @@ class ShardName(NamedTuple):
     """Who wrote a shard, and its place in that writer's order. Tuple order is the order of admission."""
 
     writer: str
-    incarnation: int  # a new one at every start of the writer, so that no name is ever used twice
+    incarnation: int  # a higher one at every start of the writer, so that no name is ever used twice
     seq: int  # from 0
 
     def __str__(self) -> str:
@@ -123,42 +119,6 @@ class ShardMetadata:
     max_policy_version: int
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedShard:
-    """A verified shard in memory, packed as in `records.Batch`: row i owns tokens[cu_seqlens[i]:cu_seqlens[i + 1]]."""
-
-    name: str
-    file_crc32: int  # of the bytes that the arrays came from
-    metadata: ShardMetadata
-    trajectory_ids: tuple[str, ...]  # [rows]
-    rows: np.ndarray  # ROW_DTYPE [rows]
-    cu_seqlens: np.ndarray  # int64 [rows + 1]
-    tokens: np.ndarray  # int32 [T]: prompt then response of each trajectory
-    loss_mask: np.ndarray  # bool [T]: False on prompts
-    rollout_logprobs: np.ndarray  # float32 [T]: 0 on prompts
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def without(self, skipped: Sequence[int]) -> LoadedShard:
-        """The same shard less the rows at these places; `metadata` goes on describing the file."""
-        if not skipped:
-            return self
-        keep = np.ones(len(self), dtype=np.bool_)
-        keep[list(skipped)] = False
-        keep_token = np.repeat(keep, self.rows["length"])
-        rows = self.rows[keep]
-        return replace(
-            self,
-            trajectory_ids=tuple(itertools.compress(self.trajectory_ids, keep)),
-            rows=rows,
-            cu_seqlens=cumulative(rows["length"]),
-            tokens=self.tokens[keep_token],
-            loss_mask=self.loss_mask[keep_token],
-            rollout_logprobs=self.rollout_logprobs[keep_token],
-        )
-
-
 def cumulative(lengths: np.ndarray) -> np.ndarray:
     """int64 [n + 1]: where each of n ragged rows begins, and the total."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -169,7 +129,7 @@ def cumulative(lengths: np.ndarray) -> np.ndarray:
 
 def _check_trajectory(trajectory: Trajectory) -> None:
     name, length = trajectory.trajectory_id, len(trajectory.response_tokens)
-    for column, dtype in _TOKEN_COLUMNS.items():
+    for column, dtype in TOKEN_COLUMNS.items():
         array = getattr(trajectory, column)
         expected = len(trajectory.prompt_tokens) if column == "prompt_tokens" else length
         assert array.dtype == dtype, f"{name}: {column} is {array.dtype}, not {np.dtype(dtype)}"
@@ -179,7 +139,7 @@ def _check_trajectory(trajectory: Trajectory) -> None:
     assert [span.start for span in trajectory.version_spans] == ends[:-1], f"{name}: version_spans leave a gap"
     assert ends == sorted(set(ends)), f"{name}: empty version span"
     assert ends[-1] == length, f"{name}: version_spans end at {ends[-1]} of {length} tokens"
-    numbers = [getattr(trajectory, column) for column in _REWARDS]
+    numbers = [getattr(trajectory, column) for column in REWARDS]
     assert np.isfinite(np.array(numbers, dtype=np.float32)).all(), f"{name}: reward or statistics {numbers} not finite"
     assert trajectory.finish_reason in get_args(FinishReason), f"{name}: finish_reason {trajectory.finish_reason!r}"
     assert trajectory.verdict in get_args(VerdictReason), f"{name}: verdict {trajectory.verdict!r}"
@@ -200,11 +160,14 @@ def _check_groups(trajectories: Sequence[Trajectory]) -> None:
 def _column(trajectories: Sequence[Trajectory], name: str) -> pa.Array:
     kind = SCHEMA.field(name).type
     values = [getattr(trajectory, name) for trajectory in trajectories]
-    if name in _TOKEN_COLUMNS:  # end to end: token by token, as Python objects, is far slower
+    if name in TOKEN_COLUMNS:  # end to end: token by token, as Python objects, is far slower
         offsets = cumulative(np.array([len(value) for value in values]))
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.concatenate(values)), type=kind)
     if name == "version_spans":
-        values = [[{"version": s.version, "start": s.start, "end": s.end} for s in spans] for spans in values]
+        offsets = cumulative(np.array([len(spans) for spans in values]))
+        table = np.array([(s.version, s.start, s.end) for spans in values for s in spans], dtype=np.int64)
+        spans = pa.StructArray.from_arrays([pa.array(column) for column in table.T.copy()], fields=list(_SPAN))
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), spans, type=kind)
     return pa.array(values, kind)
 
 
@@ -243,55 +206,141 @@ class ShardWriter:
     """Writes the shards of one collector. Each writer owns its names, so that any number of them need no lock."""
 
     def __init__(
-        self, directory: Path, *, writer: str, incarnation: int, tokenizer_hash: str, template_hash: str
+        self,
+        directory: Path,
+        *,
+        writer: str,
+        incarnation: int,
+        tokenizer_hash: str,
+        template_hash: str,
+        max_disk_bytes: int | None = None,
+        full_disk_patience_s: float = 0.0,
     ) -> None:
-        """`directory` is the replay directory. Raises ValueError where shards of this incarnation exist already."""
+        """`directory` is the replay directory; `max_disk_bytes` bounds it, over all writers, give or take a shard each.
+
+        The name is claimed by making tmp/<writer>-<incarnation>, which one process can do. Raises ValueError where it,
+        or a later incarnation of this writer, has been here before. Unfinished writes of earlier ones are removed, with
+        their folders: should one of them live after all, it finds no place to write to.
+        """
         self._next = ShardName(writer, incarnation, 0)
         assert ShardName.parse(str(self._next)) == self._next, f"not usable in a file name: {writer!r}, {incarnation}"
         self._hashes = {"tokenizer_hash": tokenizer_hash, "template_hash": template_hash}
-        self._shards, self._tmp = directory / SHARDS, directory / TMP
-        for folder in (self._shards, self._tmp, directory / QUARANTINE):
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():
-                name = ShardName.parse(path.name)
-                if name is None or name.writer != writer:
-                    continue
-                if folder == self._tmp:
-                    path.unlink()
-                elif name.incarnation == incarnation:
-                    raise ValueError(
-                        f"{path}: incarnation {incarnation} of writer {writer!r} has written here before; "
-                        f"give every start of a writer a new incarnation"
-                    )
+        self._directory, self._shards = directory, directory / SHARDS
+        self._max_disk_bytes, self._patience_s = max_disk_bytes, full_disk_patience_s
+        make_folders(directory)
+        before = [(name, path) for name, path in _traces(directory) if name.writer == writer]
+        for name, path in before:
+            if name.incarnation >= incarnation:
+                raise _not_new(path, writer, incarnation)
+        self._tmp = directory / TMP / f"{writer}-{incarnation:04d}"
+        try:
+            self._tmp.mkdir()
+        except FileExistsError:  # made since: another process was started with the same name
+            raise _not_new(self._tmp, writer, incarnation) from None
+        for _, path in before:
+            if path.parent.name == TMP:
+                shutil.rmtree(path, ignore_errors=True)
 
     def write(self, trajectories: Sequence[Trajectory]) -> str:
         """Write one shard of whole groups and return its name; readers see all of it or nothing.
 
-        Raises OSError with the errno of the failure (disk full, quota, I/O) and leaves nothing in tmp/. Writing the
-        same trajectories again is safe then, under a new name: should the failed shard be visible after all, because
-        only the fsync after its rename failed, admission skips trajectories that it has already.
+        Where the disk, a quota or the bound is full, tries again for `full_disk_patience_s`: others may make room.
+        Raises OSError with the errno of the failure and leaves nothing in tmp/. Writing the same trajectories again is
+        safe then, under a new name: should the failed shard be visible after all, because only the fsync after its
+        rename failed, admission skips trajectories that it has already.
         """
         name, self._next = self._next, self._next._replace(seq=self._next.seq + 1)
         data = serialize(trajectories, name=name, **self._hashes)
-        tmp, final = self._tmp / str(name), self._shards / str(name)
+        deadline = time.monotonic() + self._patience_s
+        has_told = False
+        while True:
+            try:
+                self._check_bound(data.size)
+                self._publish(str(name), data)
+                return str(name)
+            except OSError as error:
+                reason = f"replay shard of {data.size} bytes not written: {error.strerror}"
+                left_s = deadline - time.monotonic()
+                if error.errno not in NO_SPACE or left_s <= 0.0:
+                    raise OSError(error.errno, reason, str(self._shards / str(name))) from error
+                if not has_told:
+                    logger.warning("%s: %s; trying again for %g s", name, reason, self._patience_s)
+                    has_told = True
+                time.sleep(min(_RETRY_S, left_s))
+
+    def _check_bound(self, num_bytes: int) -> None:
+        if self._max_disk_bytes is None:
+            return
+        used = disk_usage_bytes(self._directory)
+        if used + num_bytes > self._max_disk_bytes:
+            raise OSError(
+                errno.EDQUOT,
+                f"the replay directory has {used} of at most {self._max_disk_bytes} bytes (replay.max_disk_gib); raise "
+                "that, or lower replay.capacity or checkpoint.keep",
+            )
+
+    def _publish(self, name: str, data: pa.Buffer) -> None:
+        tmp, final = self._tmp / name, self._shards / name
         try:
             with tmp.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            tmp.rename(final)
+            try:
+                tmp.rename(final)
+            except FileNotFoundError:  # NFS says so of a rename that it did, and was asked for twice
+                if not (final.exists() and final.stat().st_size == data.size):
+                    raise
             fsync(self._shards)
-        except OSError as error:
+        except OSError:
             tmp.unlink(missing_ok=True)
-            reason = f"replay shard of {data.size} bytes not written: {error.strerror}"
-            raise OSError(error.errno, reason, str(final)) from error
-        return str(name)
+            raise
+
+
+def make_folders(directory: Path) -> None:
+    """The folders of a replay directory, on the disk with their own names."""
+    for folder in (SHARDS, TMP, QUARANTINE):
+        make_directory(directory / folder)
+
+
+def disk_usage_bytes(directory: Path) -> int:
+    """Bytes of the files in a replay directory. What goes while it is counted is not counted."""
+    total = 0
+    for folder in (directory, *(directory / name for name in (SHARDS, QUARANTINE)), *(directory / TMP).glob("*")):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    total += entry.stat().st_size if entry.is_file() else 0
+    return total
+
+
+def _traces(directory: Path) -> list[tuple[ShardName, Path]]:
+    """What writers have left: their shards, and their folders in tmp/ (with seq 0)."""
+    found = []
+    for folder in (SHARDS, TMP, QUARANTINE):
+        for path in (directory / folder).glob("*"):
+            name = ShardName.parse(path.name if folder != TMP else f"{path.name}-000000.parquet")
+            if name is not None:
+                found.append((name, path))
+    return found
+
+
+def next_incarnation(directory: Path) -> int:
+    """Higher than that of any writer that has been here."""
+    return 1 + max((name.incarnation for name, _ in _traces(directory)), default=-1)
+
+
+def _not_new(path: Path, writer: str, incarnation: int) -> ValueError:
+    return ValueError(
+        f"{path}: incarnation {incarnation} of writer {writer!r} is not new here; give every start of a writer a name "
+        f"of its own and a higher incarnation"
+    )
 
 
 # ---------------------------------------------------------------- reading
 
 
-def _parse_metadata(path: Path, footer: dict[bytes, bytes]) -> ShardMetadata:
+def parse_metadata(path: Path, footer: dict[bytes, bytes]) -> ShardMetadata:
     text = footer.get(_METADATA_KEY, b"")
     if footer.get(_METADATA_CRC_KEY) != str(zlib.crc32(text)).encode():
         raise CorruptShardError("metadata checksum verification failed")
@@ -304,10 +353,10 @@ def _parse_metadata(path: Path, footer: dict[bytes, bytes]) -> ShardMetadata:
     return ShardMetadata(**values)
 
 
-def _read_table(path: Path, data: bytes) -> tuple[pa.Table, ShardMetadata]:
+def read_table(path: Path, data: bytes) -> tuple[pa.Table, ShardMetadata]:
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-            metadata = _parse_metadata(path, file.metadata.metadata or {})
+            metadata = parse_metadata(path, file.metadata.metadata or {})
             table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # from bytes in memory: the disk did not fail
@@ -317,71 +366,11 @@ def _read_table(path: Path, data: bytes) -> tuple[pa.Table, ShardMetadata]:
     return table, metadata
 
 
-def _check_values(table: pa.Table, lengths: dict[str, np.ndarray]) -> None:
-    """Checksums vouch for what was written; this is for what another program wrote wrongly."""
-    if any((each < 1).any() for each in lengths.values()):
-        raise CorruptShardError("an empty prompt, response or list of version spans")
-    if any((lengths["response_tokens"] != lengths[name]).any() for name in ("loss_mask", "rollout_logprobs")):
-        raise CorruptShardError("loss_mask or rollout_logprobs are not as long as response_tokens")
-    if any(not np.isfinite(table[name].to_numpy()).all() for name in _REWARDS):
-        raise CorruptShardError(f"not finite: one of {', '.join(_REWARDS)}")
-    if len(set(table["trajectory_id"].to_pylist())) < len(table):
-        raise CorruptShardError("a trajectory_id more than once")
-    for name, known in (("finish_reason", FinishReason), ("verdict", VerdictReason)):
-        if unknown := set(table[name].to_pylist()) - set(get_args(known)):
-            raise CorruptShardError(f"unknown {name}: {sorted(unknown)}")
-
-
-def read_shard(path: Path) -> LoadedShard:
-    """Read a shard whole and verify it.
-
-    Raises CorruptShardError where the bytes are damaged, ValueError where the schema version is unknown (every shard
-    will be so: stop, do not quarantine), OSError where the file cannot be read.
-    """
-    data = path.read_bytes()
-    table, metadata = _read_table(path, data)
-    lists = {name: table[name].combine_chunks() for name in (*_TOKEN_COLUMNS, "version_spans")}
-    lengths = {name: np.diff(array.offsets.to_numpy()).astype(np.int64) for name, array in lists.items()}
-    _check_values(table, lengths)
-    first_spans = cumulative(lengths["version_spans"])[:-1]
-    rows = np.empty(len(table), dtype=ROW_DTYPE)
-    rows["prompt_length"] = lengths["prompt_tokens"]
-    rows["length"] = lengths["prompt_tokens"] + lengths["response_tokens"]
-    rows["policy_version"] = lists["version_spans"].flatten().field("version").to_numpy()[first_spans]
-    rows["has_verdict"] = np.array(table["verdict"].to_pylist()) != "unverified"
-    rows["finish_reason"] = table["finish_reason"].to_pylist()
-    for name in _REWARDS:
-        rows[name] = table[name].to_numpy()
-
-    cu_seqlens = cumulative(rows["length"])
-    offset = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], rows["length"])
-    in_response = offset >= np.repeat(rows["prompt_length"], rows["length"])
-
-    def packed(name: str) -> np.ndarray:
-        array = np.zeros(len(in_response), dtype=_TOKEN_COLUMNS[name])
-        array[in_response] = lists[name].flatten().to_numpy(zero_copy_only=False)
-        return array
-
-    tokens = packed("response_tokens")
-    tokens[~in_response] = lists["prompt_tokens"].flatten().to_numpy()
-    return LoadedShard(
-        name=path.name,
-        file_crc32=zlib.crc32(data),
-        metadata=metadata,
-        trajectory_ids=tuple(table["trajectory_id"].to_pylist()),
-        rows=rows,
-        cu_seqlens=cu_seqlens,
-        tokens=tokens,
-        loss_mask=packed("loss_mask"),
-        rollout_logprobs=packed("rollout_logprobs"),
-    )
-
-
 def read_trajectories(path: Path) -> list[Trajectory]:
     """The rows of a shard as records, for tools. Raises as `read_shard` does, but does not check values."""
-    table, _ = _read_table(path, path.read_bytes())
+    table, _ = read_table(path, path.read_bytes())
     rows: list[dict[str, Any]] = table.to_pylist()
     for row in rows:
         row["version_spans"] = tuple(VersionSpan(**span) for span in row["version_spans"])
-        row.update({name: np.array(row[name], dtype=dtype) for name, dtype in _TOKEN_COLUMNS.items()})
+        row.update({name: np.array(row[name], dtype=dtype) for name, dtype in TOKEN_COLUMNS.items()})
     return [Trajectory(**row) for row in rows]

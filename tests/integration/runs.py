@@ -18,10 +18,15 @@ import torch
 from megatron.core import dist_checkpointing
 
 from reval_mcore.replay.journal import Admit, Index, Journal
-from reval_mcore.replay.shards import SHARDS, read_trajectories
+from reval_mcore.replay.shards import SHARDS, TMP, read_trajectories
 from reval_mcore.run_directory import MANIFEST, WEIGHTS
 
-_COUNTED = ("logs/", "tensorboard/", "replay/shards/")  # names there hold the number of an attempt, or the time
+_COUNTED = (
+    "logs/",
+    "tensorboard/",
+    "replay/shards/",
+    "replay/tmp/",
+)  # names there hold the number of an attempt, or the time
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -83,6 +88,7 @@ def _replay(replay: Path) -> dict[str, Any]:
             if name in on_disk
         },
         "not admitted": sorted(on_disk - set(index.admitted)),
+        "unfinished": [path.name for path in (replay / TMP).rglob("*") if path.is_file()],
     }
 
 

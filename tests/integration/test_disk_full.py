@@ -25,6 +25,8 @@ SMALL = (
     "rollout.num_prompts=4",
     "rollout.num_responses=4",
     "replay.capacity=40",
+    "replay.unlink_delay_s=0",
+    "replay.full_disk_patience_s=0",
     "updates.batch_size=16",
     "updates.per_iteration=2",
     "reference.reset_interval=3",
@@ -37,6 +39,8 @@ MANY = (
     "rollout.num_prompts=1",
     "rollout.num_responses=2",
     "replay.capacity=4",
+    "replay.unlink_delay_s=0",
+    "replay.full_disk_patience_s=0",
     "updates.batch_size=2",
     "updates.per_iteration=1",
     "evaluation.interval=24",
@@ -121,7 +125,7 @@ def check_nothing_is_torn(run: Path) -> None:
         before = journal.read_bytes()
         Journal(journal)
         assert before in (journal.read_bytes(), b"")  # there was no torn line to cut
-    unfinished = [path for pattern in (".writing_*", ".*.tmp", "replay/tmp/*") for path in run.rglob(pattern)]
+    unfinished = [path for pattern in (".writing_*", ".*.tmp", "replay/tmp/*/*") for path in run.rglob(pattern)]
     assert unfinished == []
     for link in run.rglob("latest"):
         assert (link / "manifest.json").is_file()

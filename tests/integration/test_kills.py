@@ -33,6 +33,8 @@ SMALL = (
     "rollout.num_prompts=4",
     "rollout.num_responses=3",
     "replay.capacity=28",  # two iterations and a third: shards are evicted in the middle, and removed
+    "replay.unlink_delay_s=0",
+    "replay.max_memory_gib=1e-9",  # one shard at a time
     "updates.batch_size=12",
     "updates.per_iteration=2",
     "optimizer.schedule=cosine",
@@ -56,7 +58,9 @@ class Mode:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        return (f"reference.refresh={self.refresh}", f"checkpoint.async_save={str(self.in_background).lower()}")
+        sampler = {"eager": (), "lazy": ("replay.sampler=prioritized", "replay.importance_exponent=0.4")}
+        background = str(self.in_background).lower()
+        return (f"reference.refresh={self.refresh}", f"checkpoint.async_save={background}", *sampler[self.refresh])
 
 
 MODES = (Mode("eager", False), Mode("lazy", True), Mode("lazy", False), Mode("eager", True))

@@ -25,6 +25,7 @@ SMALL = (
     "rollout.num_prompts=4",
     "rollout.num_responses=4",
     "replay.capacity=40",
+    "replay.unlink_delay_s=0",
     "updates.batch_size=16",
     "updates.per_iteration=2",
     "reference.reset_interval=3",

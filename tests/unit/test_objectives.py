@@ -56,11 +56,17 @@ def packed_scores(batch: Batch, logits: list[torch.Tensor], topology: Topology) 
 
 
 def run_objective(
-    batch: Batch, logits: list[torch.Tensor], topology: Topology, objective: ObjectiveConfig, reward: RewardConfig
+    batch: Batch,
+    logits: list[torch.Tensor],
+    topology: Topology,
+    objective: ObjectiveConfig,
+    reward: RewardConfig,
+    *,
+    importance_exponent: float = 0.0,
 ) -> ObjectiveOutput:
     """Through packing, loss head, targets and objective, in the batch's order."""
     scores = packed_scores(batch, logits, topology)
-    targets = make_targets(batch, reward)
+    targets = make_targets(batch, reward, importance_exponent=importance_exponent)
     flipped = replace(
         targets,
         **{name: getattr(targets, name).flip(0).to(topology.device) for name in targets.__dataclass_fields__},
@@ -289,6 +295,35 @@ def test_targets_of_a_row_without_verdict_follow_the_truncation_mode(
     np.testing.assert_array_equal(targets.weight.numpy(), np.array(weight, np.float64))
     np.testing.assert_array_equal(targets.bootstrap.numpy(), np.array(bootstrap, bool))
     assert float(targets.reward[3]) == 0.0
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.4, 1.0])
+def test_importance_weights_are_the_dense_formula_and_leave_the_normaliser(topology: Topology, exponent: float) -> None:
+    """Loss and gradient of n rows that count: 1/n sum w_i residual_i^2, w_i = (N p_i)^-e / mean of these, by a loop."""
+    from reval_mcore.mcore.passes import normalizer
+
+    rng = np.random.default_rng(5)
+    batch = replace(make_batch(9, seed=3, unjudged=True), relative_probability=np.exp(rng.normal(size=9)))
+    logits = random_logits(batch, seed=4)
+    batch = dense_reference(batch, random_logits(batch, seed=5))
+    reward = RewardConfig(shaping="raw", truncation="mask")
+    targets = make_targets(batch, reward, importance_exponent=exponent)
+    counted = np.flatnonzero(batch.has_verdict)
+    raw = [float(batch.relative_probability[row]) ** -exponent for row in counted]
+    expected = [value / (sum(raw) / len(raw)) for value in raw]
+    np.testing.assert_allclose(targets.weight.numpy()[counted], expected, rtol=1e-13)
+    assert (targets.weight.numpy()[~batch.has_verdict] == 0.0).all()
+    assert normalizer(targets) == len(counted) < len(batch)
+
+    output = run_objective(batch, logits, topology, ObjectiveConfig(beta=BETA), reward, importance_exponent=exponent)
+    _, residual = dense_loss(logits, batch, batch.reward, beta=BETA)
+    dense = sum(w * residual[row] ** 2 for w, row in zip(expected, counted, strict=True)) / len(counted)
+    loss = output.loss.sum() / normalizer(targets)
+    torch.testing.assert_close(loss, dense, rtol=1e-10, atol=0.0)
+    used = [logits[row] for row in counted]
+    gradients = torch.autograd.grad(loss, used, retain_graph=True)
+    for found, wanted in zip(gradients, torch.autograd.grad(dense, used), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_targets_carry_reference_scores_in_float64() -> None:

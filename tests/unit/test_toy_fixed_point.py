@@ -89,6 +89,7 @@ def enumerated_batch() -> Batch:
         has_verdict=np.ones(size, bool),
         finish_reason=np.full(size, "stop"),
         reference=ReferenceScores(unscored, unscored, unscored, np.zeros(size, np.int64)),
+        relative_probability=np.ones(size),
     )
 
 

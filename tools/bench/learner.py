@@ -78,6 +78,7 @@ def random_batch(num_trajectories: int, prompt_tokens: int, response_tokens: int
         has_verdict=np.ones(num_trajectories, bool),
         finish_reason=np.full(num_trajectories, "stop"),
         reference=ReferenceScores(zeros, zeros, zeros, np.full(num_trajectories, -1)),
+        relative_probability=np.ones(num_trajectories),
     )
 
 

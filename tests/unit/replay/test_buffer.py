@@ -8,6 +8,7 @@ import pytest
 
 from reval_mcore.records import Batch, Scores, Trajectory
 from reval_mcore.replay.buffer import ReplayBuffer
+from reval_mcore.replay.samplers import PrioritizedSampler
 from reval_mcore.replay.shards import ShardWriter, read_trajectories
 
 
@@ -107,8 +108,10 @@ def test_an_evicted_trajectory_may_come_back_as_a_new_row(tmp_path: Path, make_g
 def test_admission_by_name_and_in_the_order_of_names(tmp_path: Path, make_group) -> None:
     late = make_writer(tmp_path, writer="b", incarnation=0)
     names = [late.write(make_group("b0"))]
-    for incarnation in (10, 9):
-        names.insert(0, make_writer(tmp_path, writer="a", incarnation=incarnation).write(make_group(f"a{incarnation}")))
+    for incarnation in (9, 10):
+        names.insert(
+            -1, make_writer(tmp_path, writer="a", incarnation=incarnation).write(make_group(f"a{incarnation}"))
+        )
     (tmp_path / "shards" / ".nfs000001").touch()
     buffer = open_buffer(tmp_path)
     assert buffer.pending_shards() == names
@@ -156,14 +159,122 @@ def test_statistics(tmp_path: Path, make_group) -> None:
     buffer.admit()
     buffer.record_update(np.array([2, 5]), np.array([0.5, -0.5]))
     buffer.record_update(np.array([5]), np.array([0.25]))
-    assert buffer.statistics(policy_version=6) == {
+    statistics = buffer.statistics(policy_version=6)
+    assert statistics == {
         "size": 4.0,
+        "replay_ratio": 4 / 6,
         "age_mean": (5 + 3 * 2) / 4,
+        "age_p50": 2.0,
+        "age_p95": pytest.approx(2 + 0.85 * 3),
         "age_max": 5.0,
         "times_sampled_mean": 3 / 4,
+        "times_sampled_share/0": 1 / 2,
+        "times_sampled_share/1": 1 / 4,
+        "times_sampled_share/2": 1 / 4,
+        **{f"times_sampled_share/{name}": 0.0 for name in ("3-4", "5-8", "9-16", "17+")},
         "evicted_unsampled_share": 1 / 2,
         "num_quarantined": 0.0,
     }
+
+
+def test_memory_is_bounded_and_changes_nothing(tmp_path: Path, make_group) -> None:
+    writer = make_writer(tmp_path)
+    for index in range(12):
+        writer.write(make_group(f"g{index}", size=4))
+    free = open_buffer(tmp_path)
+    free.admit()
+    size = free.memory_bytes // 12
+    bounded = ReplayBuffer(tmp_path, capacity=100, seed=0, max_memory_bytes=3 * size)
+    for update in range(20):
+        one, other = free.sample(7, update), bounded.sample(7, update)
+        for name in ("rows", "tokens", "loss_mask", "rollout_logprobs", "reward", "cu_seqlens"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert 0 < bounded.memory_bytes <= 3.5 * size
+
+
+def test_a_block_done_twice_adds_nothing_even_after_its_rows_left(tmp_path: Path, make_group) -> None:
+    writer, buffer = make_writer(tmp_path), open_buffer(tmp_path, capacity=2)
+    writer.write(make_group("g0", size=2))
+    writer.write(make_group("g1", size=2))
+    buffer.admit()
+    writer.write([*make_group("g0", size=2), *make_group("g2", size=1)])  # from a collector that was thought dead
+    assert buffer.admit(is_done=lambda name: name.startswith(("g0", "g1"))).tolist() == [4]
+    reopened = open_buffer(tmp_path, capacity=2)
+    assert reopened.live_rows.tolist() == [3, 4]
+    assert_batch(reopened.batch(np.array([4])), [4], make_group("g2"))
+
+
+def test_evicted_shards_stay_for_readers(tmp_path: Path, make_group) -> None:
+    now = [0.0]
+    writer = make_writer(tmp_path)
+    names = [writer.write(make_group(f"g{index}", size=2)) for index in range(3)]
+    buffer = ReplayBuffer(tmp_path, capacity=2, seed=0, unlink_delay_s=60.0, clock=lambda: now[0])
+    buffer.admit()
+    assert buffer.unlink_evicted(10**6) == []
+    now[0] = 59.0
+    assert buffer.unlink_evicted(2) == []
+    now[0] = 30.0  # a clock that goes back
+    assert buffer.unlink_evicted(10**6) == []
+    now[0] = 91.0
+    assert buffer.unlink_evicted(10**6) == names[:2]
+
+
+PRIORITIZED = PrioritizedSampler(beta=0.5, exponent=0.6, epsilon=0.01, tau_versions=4.0)
+
+
+def open_prioritized(directory: Path, capacity: int = 100) -> ReplayBuffer:
+    return ReplayBuffer(directory, capacity=capacity, seed=0, sampler=PRIORITIZED)
+
+
+def test_priorities_and_relative_probabilities_are_the_dense_formulas(tmp_path: Path, make_group) -> None:
+    writer, buffer = make_writer(tmp_path), open_prioritized(tmp_path)
+    writer.write(make_group("a", size=4, version=2))
+    buffer.admit()
+    residuals = np.array([3.0, np.nan, -0.5])
+    buffer.record_update(np.array([0, 1, 3]), residuals)
+    writer.write(make_group("b", size=3, version=7))
+    buffer.admit()
+    largest = max((abs(0.5 * 3.0) + 0.01) ** 0.6, 1.0)
+    base = np.array([(abs(0.5 * 3.0) + 0.01) ** 0.6, 1.0, 1.0, (0.25 + 0.01) ** 0.6, *[largest] * 3])
+    weights = base * np.exp(-np.array([5, 5, 5, 5, 0, 0, 0]) / 4.0)
+    expected = weights / weights.sum() * 7
+    batch = buffer.sample(7, 0)
+    assert sorted(batch.rows.tolist()) == list(range(7))
+    np.testing.assert_allclose(batch.relative_probability, expected[batch.rows], rtol=1e-12)
+    assert buffer.batch(batch.rows).relative_probability.tolist() == [1.0] * 7
+
+    buffer.reset_residuals(lambda rewards: -rewards.reward / 0.5)
+    reward = np.array([0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])  # of make_group
+    weights = (np.abs(reward) + 0.01) ** 0.6 * np.exp(-np.array([5, 5, 5, 5, 0, 0, 0]) / 4.0)
+    batch = buffer.sample(7, 1)
+    np.testing.assert_allclose(batch.relative_probability, (weights / weights.sum() * 7)[batch.rows], rtol=1e-12)
+    np.testing.assert_array_equal(buffer.state_dict()["last_residual"], -reward / 0.5)
+
+
+def test_prioritized_resume_repeats_the_run_bit_for_bit(tmp_path: Path, make_group) -> None:
+    def go_on(buffer: ReplayBuffer) -> list[object]:
+        seen: list[object] = []
+        for update in range(4, 12):
+            buffer.admit([names[update]])
+            for half in (0, 1):
+                batch = buffer.sample(4, 2 * update + half)
+                buffer.record_update(batch.rows, np.sin(batch.rows + update) * 3)
+                seen += [batch.rows.tolist(), batch.relative_probability.tolist(), batch.tokens.tolist()]
+            if update == 8:
+                buffer.reset_residuals(lambda rewards: -rewards.reward / 0.3)
+        return seen
+
+    writer, buffer = make_writer(tmp_path), open_prioritized(tmp_path, capacity=13)
+    names = [writer.write(make_group(f"g{index}", size=3, version=index)) for index in range(12)]
+    buffer.admit(names[:4])
+    buffer.record_update(buffer.sample(5, 0).rows, np.array([1.0, -2.0, 0.0, 1e3, np.inf]))
+    checkpoint = buffer.state_dict()
+    expected, end = go_on(buffer), buffer.state_dict()
+    resumed = ReplayBuffer(tmp_path, capacity=13, seed=0, sampler=PRIORITIZED, max_memory_bytes=1)
+    resumed.load_state_dict(checkpoint)
+    assert go_on(resumed) == expected
+    for name, value in resumed.state_dict().items():
+        assert np.array_equal(value, end[name], equal_nan=True), name
 
 
 def test_evicted_rows_are_refused(tmp_path: Path, make_group) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -72,6 +73,8 @@ def test_footer_flip_passes_parquet_and_is_caught_by_the_journal(tmp_path: Path,
     state = buffer.state_dict()
     footer_flip(tmp_path / "shards" / names[1])
     reopened = ReplayBuffer(tmp_path, capacity=5, seed=0)
+    assert reopened.live_rows.tolist() == [1, 2, 3, 4, 5]
+    assert sorted(reopened.sample(10, 0).rows.tolist()) == [1, 4, 5]  # read for the first time
     assert reopened.live_rows.tolist() == [1, 4, 5]
     last = Journal(tmp_path / "journal.jsonl").events[-1]
     assert isinstance(last, Quarantine)
@@ -80,6 +83,7 @@ def test_footer_flip_passes_parquet_and_is_caught_by_the_journal(tmp_path: Path,
     assert len(reopened.sample(10, 0)) == len(reopened) == 3
 
     reopened.load_state_dict(state)  # judged again: still damaged, and still not trained on
+    assert reopened.batch(np.arange(1, 6)).rows.tolist() == [1, 4, 5]
     assert reopened.live_rows.tolist() == [1, 4, 5]
     assert reopened.num_quarantined == 1
 
@@ -129,6 +133,63 @@ def test_torn_journal_admits_again(tmp_path: Path, make_group) -> None:
         again.admit()
         assert journal.read_bytes() == complete
         assert again.live_rows.tolist() == buffer.live_rows.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_damage_after_admission_is_found_when_the_shard_is_read_again(tmp_path: Path, make_group) -> None:
+    """What is damaged, and what another node unlinked: rows are lost and counted, and draws are made from the rest."""
+    names = write_groups(tmp_path, make_group, 5)
+    buffer = ReplayBuffer(tmp_path, capacity=10, seed=0, max_memory_bytes=1)
+    fresh = buffer.admit()
+    path = tmp_path / "shards" / names[0]
+    path.write_bytes(flip(path.read_bytes(), path.stat().st_size // 5))
+    (tmp_path / "shards" / names[2]).unlink()
+    batch = buffer.sample(8, 0)
+    assert len(batch) == len(buffer) == 6
+    assert buffer.live_rows.tolist() == [2, 3, 6, 7, 8, 9]
+    assert buffer.batch(fresh).rows.tolist() == [2, 3, 6, 7, 8, 9]
+    assert buffer.stale_rows(fresh, 0).tolist() == [2, 3, 6, 7, 8, 9]
+    assert buffer.statistics(0)["num_quarantined"] == 2.0
+    assert os.listdir(tmp_path / "quarantine") == [names[0]]
+    lost = [event for event in Journal(tmp_path / "journal.jsonl").events if isinstance(event, Quarantine)]
+    assert {event.shard for event in lost} == {names[0], names[2]}
+    assert any("No such file" in event.reason for event in lost)
+    again = ReplayBuffer(tmp_path, capacity=10, seed=0)
+    assert again.live_rows.tolist() == [2, 3, 6, 7, 8, 9]
+    assert again.sample(4, 1).rows.tolist() == buffer.sample(4, 1).rows.tolist()
+    writer = ShardWriter(tmp_path, writer="w", incarnation=1, tokenizer_hash="t", template_hash="t")
+    writer.write(make_group("g0", size=2))  # done again
+    assert again.admit().tolist() == [10, 11]
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path: Path, make_group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quarantine is for files: an I/O error, which the real disk cannot be made to show here, ends the run."""
+    write_groups(tmp_path, make_group, 2)
+    buffer = ReplayBuffer(tmp_path, capacity=10, seed=0, max_memory_bytes=1)
+    rows = buffer.admit()
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        buffer.batch(rows)
+    assert buffer.num_quarantined == 0
+    assert len(buffer) == 4
+
+
+def test_a_listing_that_lags(tmp_path: Path, make_group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listings of network filesystems may be a minute old: a shard is admitted once, by name or when it shows."""
+    names = write_groups(tmp_path, make_group, 3)
+    buffer = ReplayBuffer(tmp_path, capacity=10, seed=0)
+    listed, seen = os.listdir, [names[:1]]
+    monkeypatch.setattr(os, "listdir", lambda path: seen[0] if path == tmp_path / "shards" else listed(path))
+    assert buffer.admit().tolist() == [0, 1]
+    assert buffer.admit([names[2]]).tolist() == [2, 3]  # announced by its writer
+    assert buffer.admit().tolist() == []
+    seen[0] = names
+    assert buffer.admit().tolist() == [4, 5]
+    assert buffer.admit(names).tolist() == []
+    assert buffer.unlink_evicted(0) == []
 
 
 def test_missing_live_shard_stops(tmp_path: Path, make_group) -> None:

@@ -6,6 +6,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -21,12 +22,12 @@ from hypothesis.extra import numpy as npst
 
 from reval_mcore.records import FinishReason, Trajectory, VerdictReason, VersionSpan
 from reval_mcore.replay import shards
+from reval_mcore.replay.loading import LoadedShard, read_index, read_shard
 from reval_mcore.replay.shards import (
     CorruptShardError,
-    LoadedShard,
     ShardName,
     ShardWriter,
-    read_shard,
+    next_incarnation,
     read_trajectories,
 )
 
@@ -175,7 +176,7 @@ def test_writer_refuses_malformed_trajectories(tmp_path: Path, make_group, chang
     first, second = make_group("a", size=2)
     with pytest.raises(AssertionError, match=message):
         make_writer(tmp_path).write([replace(first, **change), second])
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_writer_refuses_half_a_group(tmp_path: Path, make_group) -> None:
@@ -200,19 +201,92 @@ def test_names() -> None:
 
 def test_writer_sweeps_only_its_own_leftovers(tmp_path: Path) -> None:
     make_writer(tmp_path)
-    for name in ("a-0000-000007.parquet", "a-b-0000-000001.parquet", "other.txt"):
+    for name in ("a-0000/a-0000-000007.parquet", "a-b-0000/a-b-0000-000001.parquet", "other.txt"):
+        (tmp_path / "tmp" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "tmp" / name).touch()
     make_writer(tmp_path, writer="a", incarnation=3)
-    assert sorted(os.listdir(tmp_path / "tmp")) == ["a-b-0000-000001.parquet", "other.txt"]
+    assert sorted(os.listdir(tmp_path / "tmp")) == ["a-0003", "a-b-0000", "other.txt", "trainer-0000"]
 
 
 @pytest.mark.parametrize("folder", ["shards", "quarantine"])
 def test_an_incarnation_writes_once(tmp_path: Path, make_group, folder: str) -> None:
     name = make_writer(tmp_path, incarnation=1).write(make_group("a"))
     (tmp_path / "shards" / name).rename(tmp_path / folder / name)
-    with pytest.raises(ValueError, match=rf"{name}: incarnation 1 .* new incarnation"):
+    (tmp_path / "tmp" / "trainer-0001").rmdir()
+    with pytest.raises(ValueError, match=rf"{name}: incarnation 1 .* a higher incarnation"):
         make_writer(tmp_path, incarnation=1)
     make_writer(tmp_path, incarnation=2)
+    with pytest.raises(ValueError, match="incarnation 1 of writer 'trainer' is not new here"):
+        make_writer(tmp_path, incarnation=1)
+
+
+def test_two_writers_started_with_the_same_name(tmp_path: Path, make_group) -> None:
+    """One of them gets it, however close they are; and one that a later start took the place of cannot write."""
+    with ThreadPoolExecutor(8) as pool:
+        starts = [pool.submit(make_writer, tmp_path) for _ in range(8)]
+    writers = [start.result() for start in starts if start.exception() is None]
+    assert len(writers) == 1
+    assert {type(start.exception()) for start in starts} == {type(None), ValueError}
+    writers[0].write(make_group("a"))
+    later = make_writer(tmp_path, incarnation=next_incarnation(tmp_path))
+    with pytest.raises(FileNotFoundError, match="trainer-0000-000001"):
+        writers[0].write(make_group("b"))
+    assert later.write(make_group("b")) == "trainer-0001-000000.parquet"
+    assert len(os.listdir(tmp_path / "shards")) == 2
+
+
+def test_a_rename_that_nfs_repeats_is_no_error(tmp_path: Path, make_group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that a local disk cannot show: the rename is done, and its repetition says that there is no such file."""
+    rename = Path.rename
+
+    def twice(self: Path, target: Path) -> Path:
+        rename(self, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", twice)
+    name = make_writer(tmp_path).write(make_group("a"))
+    assert read_shard(tmp_path / "shards" / name).trajectory_ids == ("a/0",)
+
+
+def test_a_bound_on_disk_is_kept_and_waited_for(
+    tmp_path: Path, make_group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"tokenizer_hash": "t", "template_hash": "t", "max_disk_bytes": 40_000}
+    writer = ShardWriter(tmp_path, writer="w", incarnation=0, **sizes)
+    written: list[str] = []
+
+    def write_until_full() -> None:
+        for index in range(100):
+            written.append(writer.write(make_group(f"g{index}", size=4)))
+
+    with pytest.raises(OSError, match=r"has \d+ of at most 40000 bytes \(replay.max_disk_gib\); raise that") as caught:
+        write_until_full()
+    assert caught.value.errno == errno.EDQUOT
+    assert len(written) >= 2
+    assert shards.disk_usage_bytes(tmp_path) <= 40_000
+    assert sorted(os.listdir(tmp_path / "shards")) == written
+    patient = ShardWriter(tmp_path, writer="w", incarnation=1, full_disk_patience_s=30.0, **sizes)
+    waits: list[float] = []
+
+    def make_room(seconds: float) -> None:
+        waits.append(seconds)
+        (tmp_path / "shards" / written.pop()).unlink()
+
+    monkeypatch.setattr(shards.time, "sleep", make_room)
+    assert patient.write(make_group("late", size=4)) == "w-0001-000000.parquet"
+    assert waits
+    assert "trying again for 30 s" in caplog.text
+
+
+def test_the_index_is_that_of_the_whole_shard(tmp_path: Path, make_group) -> None:
+    path = tmp_path / "shards" / make_writer(tmp_path).write([*make_group("a", size=3, version=4), *make_group("b")])
+    whole, index = read_shard(path), read_index(path)
+    assert index.trajectory_ids == whole.trajectory_ids
+    for name in index.rows.dtype.names or ():
+        np.testing.assert_array_equal(index.rows[name], whole.rows[name])
+    kept = index.without((1,))
+    assert kept.trajectory_ids == ("a/0", "a/2", "b/0")
+    assert kept.rows.tolist() == index.rows[[0, 2, 3]].tolist()
 
 
 def test_disk_full_leaves_nothing_and_says_where(tmp_path: Path, make_group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +300,7 @@ def test_disk_full_leaves_nothing_and_says_where(tmp_path: Path, make_group, mon
             writer.write(make_group("a"))
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "shards" / "trainer-0000-000000.parquet")
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.rglob("*.parquet"))
     assert writer.write(make_group("a")) == "trainer-0000-000001.parquet"
 
 
