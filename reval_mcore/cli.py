@@ -15,6 +15,7 @@ from pathlib import Path
 from reval_mcore import __version__
 from reval_mcore.config import Config, check_fields, in_words, load
 from reval_mcore.durable import NO_SPACE
+from reval_mcore.replay_cli import add_replay_parser
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw the learning curve of a run")
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     report.set_defaults(execute=_report)
+
+    add_replay_parser(commands).set_defaults(execute=_replay)
     return parser
 
 
@@ -171,14 +174,24 @@ def _report(arguments: argparse.Namespace) -> None:
     print(draw_curve(arguments.run))
 
 
+@_blame_user()
+def _replay(arguments: argparse.Namespace) -> int:
+    from reval_mcore.inspection import run
+
+    return run(arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 for an error of the user, told in one message. Ours are tracebacks, with status 1."""
+    """Exit status 0, or 2 for an error of the user, told in one message. Ours are tracebacks, with status 1.
+
+    `reval replay verify` has status 1 for damage.
+    """
     arguments = _parse(argv)
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[console])
     try:
-        arguments.execute(arguments)
+        return arguments.execute(arguments) or 0
     except KeyboardInterrupt:
         if arguments.debug:
             traceback.print_exc()
@@ -189,7 +202,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(error.__cause__)
         print(f"reval {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

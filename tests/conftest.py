@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     # here, not beside the tests that they are for: pytest parses its command line before it finds a deeper conftest.py
     parser.addoption("--update-golden", action="store_true", help="write the messages of wrong inputs anew, to be read")
     parser.addoption("--num-kills", type=int, default=8, metavar="N", help="random moments at which a run is killed")
+    parser.addoption("--replay-seconds", type=float, default=6.0, metavar="S", help="how long eight writers write")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -122,7 +122,11 @@ class Journal:
         self._events: list[Event] = []
         self._ends: list[int] = []  # of the header and of each event: byte offsets
         if path.exists():
-            self._replay(path.read_bytes())
+            data = path.read_bytes()
+            self._events, self._ends = _parse(path, data)
+            size = self._ends[-1] if self._ends else 0
+            if size < len(data):
+                self._cut(size)
         if not self._ends:
             self._write(_encode({"format": "reval_mcore.replay_journal", "format_version": FORMAT_VERSION}))
             fsync(path.parent)
@@ -175,43 +179,56 @@ class Journal:
             file.truncate(size)
             os.fsync(file.fileno())
 
-    def _replay(self, data: bytes) -> None:
-        lines = [line + b"\n" for line in data.split(b"\n")]
-        lines[-1] = lines[-1][:-1]  # what follows the last newline: nothing, or a torn line
-        lines = lines if lines[-1] else lines[:-1]
-        end = 0
-        for number, line in enumerate(lines, start=1):
-            fields = _decode(line)
-            if fields is None and number == len(lines):
-                self._cut(end)
-                return
-            if fields is None:
-                raise ValueError(
-                    f"{self.path}, line {number}: damaged ({line[:80]!r}), and not the last line; restore the file "
-                    f"from a copy, or move the replay directory away and start with an empty buffer"
-                )
-            if number == 1:
-                self._check_version(fields)
-            else:
-                self._events.append(self._event(fields, number))
-            end += len(line)
-            self._ends.append(end)
 
-    def _check_version(self, fields: Mapping[str, Any]) -> None:
-        version = fields.get("format_version", "(none)")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{self.path}, line 1: format version {version}, this program reads {FORMAT_VERSION}; "
-                f"go on with the version of reval_mcore that wrote it"
-            )
+# ---------------------------------------------------------------- reading
 
-    def _event(self, fields: dict[str, Any], number: int) -> Event:
-        name = fields.pop("event", "(none)")
-        if name not in _EVENTS:
+
+def read_events(path: Path) -> tuple[list[Event], bool]:
+    """(events, whether a torn last line follows them), for tools beside a run: changes nothing. Raises as Journal."""
+    data = path.read_bytes()
+    events, ends = _parse(path, data)
+    return events, len(data) > (ends[-1] if ends else 0)
+
+
+def _parse(path: Path, data: bytes) -> tuple[list[Event], list[int]]:
+    """Events, and the byte offsets where the header and each of them ends; less a torn last line."""
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    lines[-1] = lines[-1][:-1]  # what follows the last newline: nothing, or a torn line
+    lines = lines if lines[-1] else lines[:-1]
+    events: list[Event] = []
+    ends: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        fields = _decode(line)
+        if fields is None and number == len(lines):
+            break
+        if fields is None:
             raise ValueError(
-                f"{self.path}, line {number}: unknown event {name!r}; "
-                f"go on with the version of reval_mcore that wrote it"
+                f"{path}, line {number}: damaged ({line[:80]!r}), and not the last line; restore the file "
+                f"from a copy, or move the replay directory away and start with an empty buffer"
             )
-        if "skipped" in fields:
-            fields["skipped"] = tuple(fields["skipped"])
-        return _EVENTS[name](**fields)
+        if number == 1:
+            _check_version(path, fields)
+        else:
+            events.append(_event(path, fields, number))
+        ends.append((ends[-1] if ends else 0) + len(line))
+    return events, ends
+
+
+def _check_version(path: Path, fields: Mapping[str, Any]) -> None:
+    version = fields.get("format_version", "(none)")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}, line 1: format version {version}, this program reads {FORMAT_VERSION}; "
+            f"go on with the version of reval_mcore that wrote it"
+        )
+
+
+def _event(path: Path, fields: dict[str, Any], number: int) -> Event:
+    name = fields.pop("event", "(none)")
+    if name not in _EVENTS:
+        raise ValueError(
+            f"{path}, line {number}: unknown event {name!r}; go on with the version of reval_mcore that wrote it"
+        )
+    if "skipped" in fields:
+        fields["skipped"] = tuple(fields["skipped"])
+    return _EVENTS[name](**fields)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from reval_mcore.replay.journal import Journal
-from reval_mcore.replay.shards import read_shard
+from reval_mcore.replay.loading import read_shard
 from tests.integration import full_disk
 from tests.integration.full_disk import Fault
 from tests.small_disk import SmallDisk, reason_to_skip
