@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ class Operation:
 
     @property
     def folder(self) -> str:
-        return str(Path(self.path).parent)
+        return _folder(self.path)
 
 
 @dataclass
@@ -97,8 +96,8 @@ class Recording:
             return any(each.file == operation.file for each in later)
         return any(each.path == operation.folder for each in later)
 
-    def after(self, length: int, choice: Choice, target: Path) -> None:
-        """Make `target`, a directory that is not there yet, what a crash after `length` operations may leave."""
+    def after(self, length: int, choice: Choice) -> Tree:
+        """What a crash after `length` operations may leave."""
         names: dict[str, int] = {}
         folders = {"."}
         contents: dict[int, bytearray] = {}
@@ -122,13 +121,29 @@ class Recording:
                         del names[operation.path]
                 case "mkdir":
                     folders.add(operation.path)
+        whole = {folder for folder in folders if all(str(parent) in folders for parent in Path(folder).parents)}
+        files = {name: bytes(contents.get(file, b"")) for name, file in names.items()}
+        return Tree(frozenset(whole), tuple(sorted(item for item in files.items() if _folder(item[0]) in whole)))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Folders and files, by relative names."""
+
+    folders: frozenset[str]
+    files: tuple[tuple[str, bytes], ...]
+
+    def make(self, target: Path) -> None:
+        """A directory that is not there yet."""
         target.mkdir(parents=True)
-        for folder in sorted(folders):
-            if all(str(parent) in folders for parent in Path(folder).parents):
-                (target / folder).mkdir(exist_ok=True)
-        for name, file in names.items():
-            if (target / name).parent.is_dir():
-                (target / name).write_bytes(contents.get(file, b""))
+        for folder in sorted(self.folders):
+            (target / folder).mkdir(exist_ok=True)
+        for name, content in self.files:
+            (target / name).write_bytes(content)
+
+
+def _folder(path: str) -> str:
+    return str(Path(path).parent)
 
 
 def _write(content: bytearray, operation: Operation, fate: Fate) -> None:
@@ -231,15 +246,14 @@ def choices() -> dict[str, Choice]:
     }
 
 
-def states(recording: Recording, folder: Path) -> Iterator[tuple[int, str, Path]]:
-    """(length of the prefix, what became of the rest, a directory) for every prefix and choice that differ."""
-    number = itertools.count()
+def states(recording: Recording) -> Iterator[tuple[int, str, Tree]]:
+    """(length of the prefix, what became of the rest, what is left), for every prefix and choice that make one."""
+    before: set[Tree] = set()
     for length in range(len(recording.operations) + 1):
-        if length and recording.operations[length - 1].kind in ("sync", "ack"):
-            named = {"all": choices()["all"], "nothing": choices()["nothing"]}
-        else:
-            named = choices()
-        for name, choice in named.items():
-            target = folder / str(next(number))
-            recording.after(length, choice, target)
-            yield length, name, target
+        if length and recording.operations[length - 1].kind == "ack":
+            before = set()  # more is promised now, of the same states too
+        for name, choice in choices().items():
+            tree = recording.after(length, choice)
+            if tree not in before:
+                before.add(tree)
+                yield length, name, tree

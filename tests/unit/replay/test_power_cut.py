@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from reval_mcore import durable
 from reval_mcore.records import Trajectory
 from reval_mcore.replay import journal, shards
 from reval_mcore.replay.buffer import ReplayBuffer
@@ -113,7 +115,9 @@ def check(replay: Path, promised: list, trajectories: dict[str, Trajectory], mak
 
 def failures(recording: Recording, folder: Path, make_group) -> Iterator[str]:
     trajectories = known(make_group)
-    for length, name, state in states(recording, folder):
+    for length, name, tree in states(recording):
+        state = folder / f"{length} {name}"
+        tree.make(state)
         try:
             check(state / "replay", recording.promised(length), trajectories, make_group)
         except (AssertionError, ValueError, OSError, KeyError) as error:
@@ -130,19 +134,18 @@ def test_no_power_cut_loses_or_damages_anything(tmp_path: Path, make_group) -> N
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(shards.os, "fsync"), (shards, "fsync"), (journal, "append")], ids=["data", "names", "journal"]
+    ("module", "name"), [(shards, "os"), (shards, "fsync"), (journal, "append")], ids=["data", "names", "journal"]
 )
 def test_a_forgotten_fsync_would_be_found(
     tmp_path: Path, make_group, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
     """The test above is not blind: without one kind of fsync it fails."""
-    original = getattr(module, name)
-
-    def forgetful(*arguments: object, **options: object) -> None:
-        if name == "append":
-            original(*arguments)  # without sync=True
-
+    forgetful = {
+        "os": SimpleNamespace(fsync=lambda descriptor: None, scandir=os.scandir),
+        "fsync": lambda path: None,
+        "append": lambda file, data, sync: durable.append(file, data),
+    }
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, forgetful)
+        patch.setattr(module, name, forgetful[name])
         recording = live_through(tmp_path / "run", make_group)
     assert next(failures(recording, tmp_path / "states", make_group), None) is not None

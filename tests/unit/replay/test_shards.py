@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import duckdb
 import numpy as np
@@ -30,6 +31,7 @@ from reval_mcore.replay.shards import (
     next_incarnation,
     read_trajectories,
 )
+from tests.small_disk import SmallDisk, fill
 
 INT32 = np.iinfo(np.int32).max
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -287,6 +289,48 @@ def test_the_index_is_that_of_the_whole_shard(tmp_path: Path, make_group) -> Non
     kept = index.without((1,))
     assert kept.trajectory_ids == ("a/0", "a/2", "b/0")
     assert kept.rows.tolist() == index.rows[[0, 2, 3]].tolist()
+
+
+def write_until_full(disk: Path) -> dict[str, Any]:
+    """A real disk that fills up; whoever waits on it goes on when there is room."""
+    writer = make_writer(disk)
+    ballast = fill(disk, leave_kb=200)
+    written: list[str] = []
+    told, tries = "", 0
+    while not told:
+        try:
+            written.append(writer.write(simple_group(len(written))))
+        except OSError as error:
+            told = str(error)
+        tries += 1
+    left = [path.name for path in (disk / "tmp").rglob("*.parquet")]
+    patient = ShardWriter(
+        disk, writer="p", incarnation=0, tokenizer_hash="t", template_hash="t", full_disk_patience_s=60.0
+    )
+    threading.Timer(1.5, ballast.unlink).start()
+    written.append(patient.write(simple_group(tries)))
+    rows = [len(read_shard(disk / "shards" / name)) for name in written]
+    return {"told": told, "left": left, "rows": rows, "shards": sorted(os.listdir(disk / "shards")) == sorted(written)}
+
+
+def simple_group(index: int) -> list[Trajectory]:
+    tokens = np.random.default_rng(index).integers(0, 50_000, 5000, dtype=np.int32)
+    return [
+        Trajectory(
+            f"g{index}-0", f"g{index}", f"g{index}", 0, tokens[:5], tokens, np.ones(5000, bool),
+            np.zeros(5000, np.float32), (VersionSpan(0, 0, 5000),), 1.0, 1.0, 0.0, 1, "stop", "correct", "1", "", 1.0,
+            1.0, 0, 0.0,
+        )
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_told_waited_for_and_leaves_nothing(small_disk: SmallDisk) -> None:
+    found = small_disk.call(write_until_full, size_kb=600, timeout_s=120)
+    assert "bytes not written: No space left on device" in found["told"]
+    assert found["left"] == []
+    assert len(found["rows"]) >= 3
+    assert set(found["rows"]) == {1}
+    assert found["shards"]
 
 
 def test_disk_full_leaves_nothing_and_says_where(tmp_path: Path, make_group, monkeypatch: pytest.MonkeyPatch) -> None:
