@@ -249,11 +249,13 @@ class ReplayBuffer:
 
     def _batch(self, rows: np.ndarray, relative_probability: np.ndarray) -> Batch:
         places = self._table.places(rows)
-        gathered = Gathered(len(rows))
-        for segment, members in self._segments.owners(rows, np.flatnonzero(self._table["is_live"][places])):
+        owners = self._segments.owners(rows, np.flatnonzero(self._table["is_live"][places]))
+        from_memory = all(self._segments.is_in_memory(segment) for segment, _, _ in owners)
+        gathered = Gathered(len(rows), from_memory=from_memory)
+        for segment, places_in_it, members in owners:
             shard = self._load(segment)
             if shard is not None:
-                gathered.take(shard, rows[members] - segment.admit.first_row, members)
+                gathered.take(shard, places_in_it, members)
         found = gathered.found
         states = {name: self._table[name][places[found]] for name in _REFERENCE}
         return gathered.batch(rows, relative_probability, ReferenceScores(**states))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -14,28 +15,26 @@ _COLUMNS = [field.name for field in fields(Batch) if field.name in (ROW_DTYPE.na
 
 
 class Gathered:
-    """A batch of `size` rows in the making. Pieces are copies: a shard may leave the memory before the batch is whole.
+    """A batch of `size` rows in the making. Slices end to end are twice as fast as one big index array."""
 
-    Slices end to end are twice as fast as one big index array.
-    """
-
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, from_memory: bool) -> None:
+        """`from_memory`: no shard is read on the way. Else pieces are copies, so that their shards may leave memory."""
+        self._is_copied = not from_memory
         self.found = np.zeros(size, dtype=np.bool_)  # rows that were taken
         self._columns = np.empty(size, dtype=ROW_DTYPE)
         self._pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [_NOTHING] * size
 
-    def take(self, shard: LoadedShard, places: np.ndarray, members: np.ndarray) -> None:
-        """Rows `members` (int64) of the batch are those at `places` (int64) of the shard."""
-        self.found[members] = True
-        self._columns[members] = shard.rows[places]
-        starts, ends = shard.cu_seqlens[places].tolist(), shard.cu_seqlens[places + 1].tolist()
-        for member, start, end in zip(members.tolist(), starts, ends, strict=True):
-            own = slice(start, end)
-            self._pieces[member] = (
-                shard.tokens[own].copy(),
-                shard.loss_mask[own].copy(),
-                shard.rollout_logprobs[own].copy(),
-            )
+    def take(self, shard: LoadedShard, places: Sequence[int], members: Sequence[int]) -> None:
+        """Rows `members` of the batch are those at `places` of the shard."""
+        tokens, loss_mask, rollout_logprobs = shard.tokens, shard.loss_mask, shard.rollout_logprobs
+        for member, place in zip(members, places, strict=True):
+            self.found[member] = True
+            self._columns[member] = shard.rows[place]
+            own = slice(shard.cu_seqlens[place], shard.cu_seqlens[place + 1])
+            piece = tokens[own], loss_mask[own], rollout_logprobs[own]
+            if self._is_copied:
+                piece = piece[0].copy(), piece[1].copy(), piece[2].copy()
+            self._pieces[member] = piece
 
     def batch(self, rows: np.ndarray, relative_probability: np.ndarray, reference: ReferenceScores) -> Batch:
         """`reference` has the rows that were found, `rows` and `relative_probability` all of them."""

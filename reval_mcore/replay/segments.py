@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +69,21 @@ class Segments:
         self._segments.remove(segment)
         self._live_ids.difference_update(segment.ids_between(first_live_row, segment.admit.end_row))
 
-    def owners(self, rows: np.ndarray, live: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
-        """Each shard that has some of rows[live], with where these are in `rows`. Some may be removed on the way."""
-        segments = list(self._segments)
-        first_rows = np.array([segment.admit.first_row for segment in segments], dtype=np.int64)
-        owners = np.searchsorted(first_rows, rows[live], side="right") - 1
-        order = np.argsort(owners, kind="stable")
-        cuts = np.flatnonzero(np.diff(owners[order])) + 1
-        for members in np.split(order, cuts) if len(order) else []:
-            yield segments[owners[members[0]]], live[members]
+    def owners(self, rows: np.ndarray, members: np.ndarray) -> list[tuple[Segment, list[int], list[int]]]:
+        """Each shard that has some of the live rows[members], with their places in it, and those members."""
+        first_rows = np.array([segment.admit.first_row for segment in self._segments], dtype=np.int64)
+        owners = np.searchsorted(first_rows, rows[members], side="right") - 1
+        places = rows[members] - first_rows[owners]
+        found: dict[int, tuple[Segment, list[int], list[int]]] = {}
+        for owner, place, member in zip(owners.tolist(), places.tolist(), members.tolist(), strict=True):
+            if owner not in found:
+                found[owner] = (self._segments[owner], [], [])
+            found[owner][1].append(place)
+            found[owner][2].append(member)
+        return [found[owner] for owner in sorted(found)]
+
+    def is_in_memory(self, segment: Segment) -> bool:
+        return segment.admit.shard in self._cache
 
     def load(self, segment: Segment) -> LoadedShard:
         """From memory or, verified again, from the disk.
