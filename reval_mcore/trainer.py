@@ -193,9 +193,9 @@ class Trainer:
     def measure_mismatch(self, fresh: np.ndarray) -> dict[str, float]:
         """Engine against learner: log-probabilities of the same tokens under the same weights. Never in the loss."""
         rows = fresh[: self.config.logging.mismatch_trajectories]
-        if len(rows) == 0:
-            return {}
         batch = self.replay.batch(rows)
+        if len(batch) == 0:
+            return {}
         with self.clock.phase("mismatch"):
             logprobs = self.learner.score(batch).logprobs
         gap = np.abs(logprobs - batch.rollout_logprobs)[batch.loss_mask]

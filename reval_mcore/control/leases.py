@@ -18,8 +18,8 @@ A collector's turn:                              The trainer's turn:
 
 Nothing here is a lock, and no step has to happen at once. A collector whose heart stands still for `timeout_s` loses
 its blocks to others. If it lives after all and finishes one, that block has been done twice, and admission skips the
-second: by id while the first is live, by `Collection.is_done` afterwards. A collector that was started again has a new
-incarnation and none of the old one's blocks. Clocks of different machines are never compared: a heart beats by
+second: by id while the first is live, by `Collection.was_admitted` afterwards. A collector that was started again has a
+new incarnation and none of the old one's blocks. Clocks of different machines are never compared: a heart beats by
 counting, and the trainer measures by its own clock how long ago a count changed.
 
 The trainer's checkpoint holds the `Collection`. A resumed trainer goes on from that one, whatever the file says: blocks
@@ -98,6 +98,11 @@ class Collection:
 
     def is_done(self, block: int) -> bool:
         return block < self.done_below or block in self.done
+
+    def was_admitted(self, trajectory_id: str) -> bool:
+        """Of a block that is done: what `ReplayBuffer.admit` is to skip, as its `is_done`, though it may be evicted."""
+        block = block_of(trajectory_id)
+        return block is not None and self.is_done(block)
 
     def blocks_of(self, collector: str, incarnation: int) -> list[int]:
         """Ascending."""

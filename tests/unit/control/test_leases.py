@@ -213,6 +213,11 @@ def test_whatever_happens_every_block_is_had_by_one_and_gets_done(data: st.DataO
 
 
 def test_leases_are_of_blocks_that_are_not_done() -> None:
+    assert [Collection(done_below=2).was_admitted(each) for each in ("000001-p-0", "000002-p-0", "x")] == [
+        True,
+        False,
+        False,
+    ]
     collection = Collection(quota=3, leases=(Lease(0, "a", 0), Lease(2, "b", 0)))
     assert collection.free_blocks() == [1]
     assert collection.complete([0, 2, 2]).leases == ()

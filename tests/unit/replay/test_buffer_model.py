@@ -14,7 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from reval_mcore.records import Scores, Trajectory
 from reval_mcore.replay.buffer import ReplayBuffer
+from reval_mcore.replay.samplers import PrioritizedSampler, UniformSampler
 from reval_mcore.replay.shards import ShardWriter
+
+PRIORITIZED = PrioritizedSampler(beta=0.5, exponent=0.6, epsilon=0.01, tau_versions=3.0)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Entry:
     trajectory: Trajectory
     times_sampled: int = 0
     score: float = np.nan
+    priority: float = 1.0
 
 
 class BufferMachine(RuleBasedStateMachine):
@@ -39,14 +43,16 @@ class BufferMachine(RuleBasedStateMachine):
         self.num_written = 0
         self.update = 0
 
-    @initialize(capacity=st.integers(1, 12))
-    def create(self, capacity: int) -> None:
-        self.capacity = capacity
+    @initialize(capacity=st.integers(1, 12), is_prioritized=st.booleans(), max_memory_bytes=st.integers(1, 3000))
+    def create(self, capacity: int, is_prioritized: bool, max_memory_bytes: int) -> None:
+        self.capacity, self.max_memory_bytes = capacity, max_memory_bytes
+        self.sampler = PRIORITIZED if is_prioritized else UniformSampler()
         self.buffer = self.reopened()
         self.checkpoint = (self.buffer.state_dict(), list(self.model), 0, 0)
 
     def reopened(self) -> ReplayBuffer:
-        return ReplayBuffer(self.directory, capacity=self.capacity, seed=1)
+        limits = {"capacity": self.capacity, "max_memory_bytes": self.max_memory_bytes}
+        return ReplayBuffer(self.directory, seed=1, sampler=self.sampler, **limits)
 
     def teardown(self) -> None:
         self.folder.cleanup()
@@ -66,9 +72,10 @@ class BufferMachine(RuleBasedStateMachine):
     def admit(self) -> None:
         first = self.next_row
         for trajectories in self.pending:
+            maximum = max((entry.priority for entry in self.model), default=1.0)
             for trajectory in trajectories:
                 if trajectory.trajectory_id not in {entry.trajectory.trajectory_id for entry in self.model}:
-                    self.model.append(Entry(self.next_row, trajectory))
+                    self.model.append(Entry(self.next_row, trajectory, priority=maximum))
                     self.next_row += 1
             del self.model[: -self.capacity]
         self.done += self.pending
@@ -81,13 +88,15 @@ class BufferMachine(RuleBasedStateMachine):
         batch = self.buffer.sample(n, self.update)
         drawn = set(batch.rows.tolist())
         assert len(drawn) == len(batch) == min(n, len(self.model))
-        self.buffer.record_update(batch.rows, np.zeros(len(batch)))
+        self.buffer.record_update(batch.rows, batch.rows - 3.0)
         score = batch.rows + 1 / self.update
         self.buffer.set_reference_scores(batch.rows, Scores(score, score, score, np.zeros(0, np.float32)), self.update)
         for place, entry in enumerate(self.model):
             if entry.row in drawn:
                 score = entry.row + 1 / self.update
-                self.model[place] = replace(entry, times_sampled=entry.times_sampled + 1, score=score)
+                priority = (abs(0.5 * (entry.row - 3.0)) + 0.01) ** 0.6 if self.sampler == PRIORITIZED else 1.0
+                times = entry.times_sampled + 1
+                self.model[place] = replace(entry, times_sampled=times, score=score, priority=priority)
 
     @rule()
     def save(self) -> None:
@@ -125,6 +134,7 @@ class BufferMachine(RuleBasedStateMachine):
         np.testing.assert_array_equal(batch.reference.trajectory_score, [entry.score for entry in self.model])
         state = self.buffer.state_dict()
         np.testing.assert_array_equal(state["times_sampled"], [entry.times_sampled for entry in self.model])
+        np.testing.assert_allclose(state["priority"], [entry.priority for entry in self.model], rtol=1e-14)
         assert (state["first_live_row"], state["next_row"]) == (rows[0] if rows else 0, self.next_row)
 
 
