@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,13 @@ from reval_mcore.replay.loading import IndexedShard, LoadedShard, read_shard
 from reval_mcore.replay.reuse import reuse_statistics
 from reval_mcore.replay.rows import STATES, RowTable
 from reval_mcore.replay.samplers import Sampler, UniformSampler
-from reval_mcore.replay.segments import Segment, Segments
+from reval_mcore.replay.segments import Segments
 from reval_mcore.replay.shards import QUARANTINE, SHARDS, CorruptShardError, ShardName, make_folders
+from reval_mcore.replay.unlinking import DelayedUnlink
 
 logger = logging.getLogger(__name__)
 _REFERENCE = [field.name for field in fields(ReferenceScores)]
 _COUNTERS = ("num_evicted", "num_evicted_unsampled", "num_uses")
-
-
-def _never(trajectory_id: str) -> bool:
-    return False
 
 
 class ReplayBuffer:
@@ -71,9 +68,8 @@ class ReplayBuffer:
         self.capacity = capacity
         self._seed = seed
         self._sampler: Sampler = UniformSampler() if sampler is None else sampler
-        self._unlink_delay_s, self._clock = unlink_delay_s, clock
-        self._unlinkable_since: dict[str, float] = {}
         make_folders(directory)
+        self._unlinking = DelayedUnlink(directory / SHARDS, unlink_delay_s, clock)
         self._journal = Journal(directory / "journal.jsonl")
         self._segments = Segments(directory / SHARDS, max_memory_bytes)
         self._reload()
@@ -114,7 +110,9 @@ class ReplayBuffer:
         """
         return self._pending(os.listdir(self.directory / SHARDS))
 
-    def admit(self, shards: Collection[str] | None = None, *, is_done: Callable[[str], bool] = _never) -> np.ndarray:
+    def admit(
+        self, shards: Collection[str] | None = None, *, is_done: Callable[[str], bool] = lambda _: False
+    ) -> np.ndarray:
         """Admit pending shards, all or those named, and evict the oldest rows above capacity.
 
         Returns the new rows, int64 ascending, less those that the same call evicted. Damaged shards go to quarantine.
@@ -135,17 +133,8 @@ class ReplayBuffer:
 
         `keep_from_row` is the least `first_live_row` of the checkpoints that may still be resumed from.
         """
-        limit, now = min(keep_from_row, self.first_live_row), self._clock()
-        folder = self.directory / SHARDS
-        present = set(os.listdir(folder))
-        evicted = [admit.shard for admit in self._index.admitted.values() if admit.end_row <= limit]
-        since = {name: self._unlinkable_since.get(name, now) for name in evicted if name in present}
-        unlinked = [name for name, time_s in since.items() if now - time_s >= self._unlink_delay_s]
-        for name in unlinked:
-            (folder / name).unlink(missing_ok=True)
-            del since[name]
-        self._unlinkable_since = since
-        return unlinked
+        limit = min(keep_from_row, self.first_live_row)
+        return self._unlinking.unlink([a.shard for a in self._index.admitted.values() if a.end_row <= limit])
 
     def discard_pending(self, *, keep: Collection[str] = ()) -> list[str]:
         """Remove the files of pending shards, those of an abandoned future, but for `keep`. Returns their names."""
@@ -164,8 +153,8 @@ class ReplayBuffer:
         except CorruptShardError as error:
             self._quarantine(name, str(error))
             return
-        ids = enumerate(shard.trajectory_ids)
-        skipped = tuple(place for place, id_ in ids if id_ in self._segments or is_done(id_))
+        live, ids = self._live_among(shard.trajectory_ids), enumerate(shard.trajectory_ids)
+        skipped = tuple(place for place, id_ in ids if id_ in live or is_done(id_))
         shard = shard.without(skipped)
         admit = Admit(name, shard.file_crc32, len(shard), self._index.next_row, skipped)
         evictions = self._evictions(len(shard))
@@ -181,10 +170,23 @@ class ReplayBuffer:
         for evict in evictions:
             self._evict(evict)
 
+    def _live_among(self, trajectory_ids: Sequence[str]) -> set[str]:
+        """Those that a live row has."""
+        rows = self._table.rows_that_may_have(trajectory_ids)
+        found: set[str] = set()
+        for segment, places, _ in self._segments.owners(rows, np.arange(len(rows))):
+            try:
+                ids = self._segments.index_of(segment).trajectory_ids
+            except (CorruptShardError, FileNotFoundError) as error:
+                self._lose(segment, str(error))
+            else:
+                found.update(ids[place] for place in places)
+        return found
+
     def _add(self, admit: Admit, indexed: IndexedShard) -> None:
         """A segment, for whose rows the table has place."""
-        self._segments.add(admit, indexed.trajectory_ids, self.first_live_row)
-        self._table.set_facts(admit.first_row, indexed.rows)
+        self._segments.add(admit)
+        self._table.set_facts(admit.first_row, indexed.rows, indexed.trajectory_ids)
         self._num_live += admit.end_row - max(admit.first_row, self.first_live_row)
         self._weights = None
 
@@ -202,7 +204,7 @@ class ReplayBuffer:
         self.num_evicted += int(live.sum())
         self.num_evicted_unsampled += int((self._table["times_sampled"][old][live] == 0).sum())
         self._num_live -= int(live.sum())
-        self._segments.drop_between(self.first_live_row, evict.first_live_row)
+        self._segments.drop_below(evict.first_live_row)
         self._index.apply(evict)
         self._table.drop_below(evict.first_live_row)
         self._weights = None
@@ -260,7 +262,7 @@ class ReplayBuffer:
         states = {name: self._table[name][places[found]] for name in _REFERENCE}
         return gathered.batch(rows, relative_probability, ReferenceScores(**states))
 
-    def _load(self, segment: Segment) -> LoadedShard | None:
+    def _load(self, segment: Admit) -> LoadedShard | None:
         """None, and its rows are lost, where the file is not what it was."""
         try:
             return self._segments.load(segment)
@@ -268,13 +270,12 @@ class ReplayBuffer:
             self._lose(segment, str(error))
             return None
 
-    def _lose(self, segment: Segment, reason: str) -> None:
-        self._quarantine(segment.admit.shard, reason)
-        self._segments.remove(segment, self.first_live_row)
-        first = max(segment.admit.first_row, self.first_live_row)
-        live = self._table["is_live"]
-        live[first - self._table.first_row : segment.admit.end_row - self._table.first_row] = False
-        self._num_live -= segment.admit.end_row - first
+    def _lose(self, segment: Admit, reason: str) -> None:
+        self._quarantine(segment.shard, reason)
+        self._segments.remove(segment)
+        first = max(segment.first_row, self.first_live_row)
+        self._table["is_live"][first - self._table.first_row : segment.end_row - self._table.first_row] = False
+        self._num_live -= segment.end_row - first
         self._weights = None
 
     def _current_weights(self) -> np.ndarray:
@@ -390,4 +391,9 @@ class ReplayBuffer:
                 self._add(admit, self._segments.index_of(admit))
             except CorruptShardError as error:
                 self._quarantine(admit.shard, str(error))
+            except FileNotFoundError as error:
+                raise ValueError(
+                    f"{error.filename}: the journal says that it is live, and it is not there; check that the whole "
+                    f"replay directory is mounted, and restore the file or start with an empty directory"
+                ) from None
         self.num_evicted = self.num_evicted_unsampled = self.num_uses = 0

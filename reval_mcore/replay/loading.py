@@ -19,18 +19,18 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from reval_mcore.records import FinishReason, VerdictReason
 from reval_mcore.replay.shards import (
+    FINISH_REASONS,
     REWARDS,
     SCHEMA,
     TOKEN_COLUMNS,
+    VERDICTS,
     CorruptShardError,
     ShardMetadata,
     cumulative,
@@ -51,7 +51,7 @@ ROW_DTYPE = np.dtype([
     ("length", np.int64),  # prompt plus response tokens
     ("prompt_length", np.int64),
     *((name, INDEX_DTYPE[name]) for name in INDEX_DTYPE.names or ()),
-    ("finish_reason", f"U{max(map(len, get_args(FinishReason)))}"),
+    ("finish_reason", f"U{max(map(len, FINISH_REASONS))}"),
 ])  # fmt: skip
 _INDEX_COLUMNS = ("trajectory_id", "version_spans.list.element.version", *REWARDS, "verdict")
 
@@ -116,8 +116,8 @@ def _check_values(table: pa.Table, lengths: dict[str, np.ndarray]) -> None:
         raise CorruptShardError(f"not finite: one of {', '.join(REWARDS)}")
     if pc.count_distinct(table["trajectory_id"]).as_py() < len(table):
         raise CorruptShardError("a trajectory_id more than once")
-    for name, known in (("finish_reason", FinishReason), ("verdict", VerdictReason)):
-        if unknown := set(table[name].unique().to_pylist()) - set(get_args(known)):
+    for name, known in (("finish_reason", FINISH_REASONS), ("verdict", VERDICTS)):
+        if unknown := set(table[name].unique().to_pylist()) - known:
             raise CorruptShardError(f"unknown {name}: {sorted(unknown)}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class RowTable:
     def __init__(self, first_row: int) -> None:
         self.first_row = first_row
         kinds = {name: np.dtype(kind) for name, (kind, _) in STATES.items()}
-        kinds |= {name: INDEX_DTYPE[name] for name in FACTS} | {"is_live": np.dtype(np.bool_)}
+        kinds |= {name: INDEX_DTYPE[name] for name in FACTS}
+        kinds |= {"is_live": np.dtype(np.bool_), "id_hash": np.dtype(np.int64)}
         self._columns = {name: np.empty(0, dtype=kind) for name, kind in kinds.items()}
         self._start = self._end = 0
 
@@ -56,14 +57,16 @@ class RowTable:
         new = slice(self._end, self._end + count)
         for name, (_, value) in STATES.items():
             self._columns[name][new] = value
-        for name in (*FACTS, "is_live"):
+        for name in (*FACTS, "is_live", "id_hash"):
             self._columns[name][new] = 0
         self._end += count
 
-    def set_facts(self, first_row: int, facts: np.ndarray) -> None:
+    def set_facts(self, first_row: int, facts: np.ndarray, trajectory_ids: Sequence[str]) -> None:
         """INDEX_DTYPE [n]: of rows first_row, first_row + 1, ...; those before the table's first are left out."""
-        facts = facts[max(self.first_row - first_row, 0) :]
+        evicted = max(self.first_row - first_row, 0)
+        facts, hashes = facts[evicted:], _hashes(trajectory_ids)[evicted:]
         place = max(first_row - self.first_row, 0)
+        self["id_hash"][place : place + len(facts)] = hashes
         for name in FACTS:
             self[name][place : place + len(facts)] = facts[name]
         self["is_live"][place : place + len(facts)] = True
@@ -78,6 +81,20 @@ class RowTable:
         assert ((rows >= self.first_row) & (rows < self.end_row)).all(), "rows that were evicted, or never admitted"
         return rows - self.first_row
 
+    def rows_that_may_have(self, trajectory_ids: Sequence[str]) -> np.ndarray:
+        """int64: live rows with the hash of one of these ids. 8 bytes a row; the ids themselves would take 140."""
+        hashes = _hashes(trajectory_ids)
+        is_near = np.zeros(1 << 16, dtype=np.bool_)  # by the last bits: of a million rows few are left to compare
+        is_near[hashes & 0xFFFF] = True
+        column = self["id_hash"]
+        near = np.flatnonzero(is_near[column & 0xFFFF] & self["is_live"])
+        return self.first_row + near[np.isin(column[near], hashes)]
+
     def live_rows(self) -> np.ndarray:
         """int64, ascending."""
         return self.first_row + np.flatnonzero(self["is_live"])
+
+
+def _hashes(trajectory_ids: Sequence[str]) -> np.ndarray:
+    """int64 [n]: of this process only."""
+    return np.fromiter(map(hash, trajectory_ids), dtype=np.int64, count=len(trajectory_ids))

@@ -73,11 +73,13 @@ _COLUMNS: dict[str, pa.DataType] = {  # names and order of records.Trajectory
 }
 SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
 TOKEN_COLUMNS = {
-    "prompt_tokens": np.int32,
-    "response_tokens": np.int32,
-    "loss_mask": np.bool_,
-    "rollout_logprobs": np.float32,
+    "prompt_tokens": np.dtype(np.int32),
+    "response_tokens": np.dtype(np.int32),
+    "loss_mask": np.dtype(np.bool_),
+    "rollout_logprobs": np.dtype(np.float32),
 }
+FINISH_REASONS, VERDICTS = frozenset(get_args(FinishReason)), frozenset(get_args(VerdictReason))
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class CorruptShardError(Exception):
@@ -132,7 +134,7 @@ def _check_trajectory(trajectory: Trajectory) -> None:
     for column, dtype in TOKEN_COLUMNS.items():
         array = getattr(trajectory, column)
         expected = len(trajectory.prompt_tokens) if column == "prompt_tokens" else length
-        assert array.dtype == dtype, f"{name}: {column} is {array.dtype}, not {np.dtype(dtype)}"
+        assert array.dtype == dtype, f"{name}: {column} is {array.dtype}, not {dtype}"
         assert array.shape == (expected,), f"{name}: {column} has shape {array.shape}, not {(expected,)}"
         assert expected >= 1, f"{name}: {column} is empty"
     ends = [0, *(span.end for span in trajectory.version_spans)]
@@ -140,9 +142,9 @@ def _check_trajectory(trajectory: Trajectory) -> None:
     assert ends == sorted(set(ends)), f"{name}: empty version span"
     assert ends[-1] == length, f"{name}: version_spans end at {ends[-1]} of {length} tokens"
     numbers = [getattr(trajectory, column) for column in REWARDS]
-    assert np.isfinite(np.array(numbers, dtype=np.float32)).all(), f"{name}: reward or statistics {numbers} not finite"
-    assert trajectory.finish_reason in get_args(FinishReason), f"{name}: finish_reason {trajectory.finish_reason!r}"
-    assert trajectory.verdict in get_args(VerdictReason), f"{name}: verdict {trajectory.verdict!r}"
+    assert all(abs(number) <= _LARGEST for number in numbers), f"{name}: reward or statistics {numbers} not finite"
+    assert trajectory.finish_reason in FINISH_REASONS, f"{name}: finish_reason {trajectory.finish_reason!r}"
+    assert trajectory.verdict in VERDICTS, f"{name}: verdict {trajectory.verdict!r}"
 
 
 def _check_groups(trajectories: Sequence[Trajectory]) -> None:
