@@ -248,18 +248,17 @@ def _export(arguments: argparse.Namespace, place: Place) -> int:
 
 def _selected(table: pa.Table, arguments: argparse.Namespace) -> pa.Table:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     keep = np.ones(len(table), dtype=np.bool_)
     for name in ("verdict", "finish_reason", "prompt_id"):
         wanted = vars(arguments)[name]
         if wanted:
-            keep &= pc.is_in(table[name], value_set=pa.array(wanted, pa.string())).to_numpy()
-    versions = pc.struct_field(pc.list_element(table["version_spans"], 0), "version")
-    for values, name in ((table["reward"], "reward"), (versions, "version")):
+            keep &= np.isin(table[name].to_pylist(), wanted)
+    versions = np.array([spans[0]["version"] for spans in table["version_spans"].to_pylist()])
+    for values, name in ((table["reward"].to_numpy(), "reward"), (versions, "version")):
         low, high = vars(arguments)[f"min_{name}"], vars(arguments)[f"max_{name}"]
-        keep &= values.to_numpy() >= low if low is not None else True
-        keep &= values.to_numpy() <= high if high is not None else True
+        keep &= values >= low if low is not None else True
+        keep &= values <= high if high is not None else True
     return table.filter(pa.array(keep))
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reval_mcore.replay.shards import (
@@ -114,7 +113,7 @@ def _check_values(table: pa.Table, lengths: dict[str, np.ndarray]) -> None:
         raise CorruptShardError("loss_mask or rollout_logprobs are not as long as response_tokens")
     if any(not np.isfinite(table[name].to_numpy()).all() for name in REWARDS):
         raise CorruptShardError(f"not finite: one of {', '.join(REWARDS)}")
-    if pc.count_distinct(table["trajectory_id"]).as_py() < len(table):
+    if len(table["trajectory_id"].unique()) < len(table):
         raise CorruptShardError("a trajectory_id more than once")
     for name, known in (("finish_reason", FINISH_REASONS), ("verdict", VERDICTS)):
         if unknown := set(table[name].unique().to_pylist()) - known:
@@ -165,7 +164,7 @@ def read_shard(path: Path) -> LoadedShard:
 def _fill_index_columns(rows: np.ndarray, table: pa.Table, versions: pa.Array, num_spans: np.ndarray) -> None:
     """`versions` [spans] of all rows, `num_spans` int64 [rows]."""
     rows["policy_version"] = versions.to_numpy()[cumulative(num_spans)[:-1]]
-    rows["has_verdict"] = pc.not_equal(table["verdict"], "unverified").to_numpy()
+    rows["has_verdict"] = [verdict != "unverified" for verdict in table["verdict"].to_pylist()]
     for name in REWARDS:
         rows[name] = table[name].to_numpy()
 

@@ -110,7 +110,7 @@ def train(directory: str, log: str, capacity: int, checkpoint: str, seconds: flo
         update += 1
         if update % 5 == 0:
             with path.with_suffix(".tmp").open("wb") as file:
-                np.savez(file, **buffer.state_dict())
+                np.savez(file, allow_pickle=False, **dict[str, Any](buffer.state_dict()))
                 file.flush()
                 os.fsync(file.fileno())
             path.with_suffix(".tmp").rename(path)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reval_mcore.cli import main
 from reval_mcore.config import load
 from reval_mcore.plan import make_plan
 from reval_mcore.plan.traffic import TOKEN_BYTES_ON_DISK
@@ -112,6 +113,32 @@ def test_shards_that_no_kept_checkpoint_needs_are_removed(finished: Path) -> Non
     kept = sorted(path.stem for path in (finished / "replay" / "shards").iterdir())
     assert [name[-1] for name in kept] == ["1", "2", "3"]
     assert [path.name for path in (finished / "checkpoints").glob("step_*")] == ["step_000004"]
+
+
+def test_the_buffer_of_a_run_can_be_looked_into(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoded by the run's own tokenizer, with what its last checkpoint noted."""
+    assert main(["replay", "stats", str(finished), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["live trajectories"] == 40
+    assert found["reuse, by checkpoint"] == "step_000004"
+    assert found["replay ratio"] == pytest.approx(metrics(finished)[-1]["replay/replay_ratio"], abs=1e-3)
+    assert sum(found["times sampled"].values()) == 40
+    assert main(["replay", "verify", str(finished)]) == 0
+    assert "3 shards" in capsys.readouterr().out
+    assert main(["replay", "show", str(finished), "60"]) == 0
+    shown = capsys.readouterr().out
+    first = read_trajectories(max((finished / "replay" / "shards").iterdir()))[12]  # row 60 is place 12 of the last
+    assert f"trajectory_id          {first.trajectory_id}" in shown
+    assert "reference_version" in shown
+    assert main(["replay", "export", str(finished), "--out", str(finished / "out.jsonl"), "--text"]) == 0
+    (record,) = [
+        each
+        for each in map(json.loads, (finished / "out.jsonl").read_text().splitlines())
+        if each["trajectory_id"] == first.trajectory_id
+    ]
+    (finished / "out.jsonl").unlink()
+    assert f"tokens\n{record['prompt_text']}\n" in shown
+    assert f"tokens\n{record['response_text']}\n" in shown
 
 
 def test_the_plan_of_the_run_was_right(finished: Path) -> None:

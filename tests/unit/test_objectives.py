@@ -317,7 +317,7 @@ def test_importance_weights_are_the_dense_formula_and_leave_the_normaliser(topol
 
     output = run_objective(batch, logits, topology, ObjectiveConfig(beta=BETA), reward, importance_exponent=exponent)
     _, residual = dense_loss(logits, batch, batch.reward, beta=BETA)
-    dense = sum(w * residual[row] ** 2 for w, row in zip(expected, counted, strict=True)) / len(counted)
+    dense = torch.stack([w * residual[row] ** 2 for w, row in zip(expected, counted, strict=True)]).sum() / len(counted)
     loss = output.loss.sum() / normalizer(targets)
     torch.testing.assert_close(loss, dense, rtol=1e-10, atol=0.0)
     used = [logits[row] for row in counted]

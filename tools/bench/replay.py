@@ -237,14 +237,14 @@ def measure_torchrl(directory: Path, shards: Sequence[list[Trajectory]], mean_to
     try:
         import torch
         import torchrl  # pyright: ignore[reportMissingImports]
+        import torchrl.data as peers  # pyright: ignore[reportMissingImports]
         from tensordict import TensorDict  # pyright: ignore[reportMissingImports]
-        from torchrl.data import LazyMemmapStorage  # pyright: ignore[reportMissingImports]
-        from torchrl.data import ReplayBuffer as Peer
     except ImportError as error:
         return {"absent": str(error)}
     rows = [t for shard in shards for t in shard]
     width = max(len(t.prompt_tokens) + len(t.response_tokens) for t in rows)
-    peer = Peer(storage=LazyMemmapStorage(len(rows), scratch_dir=str(directory)), batch_size=BATCH)
+    storage = peers.LazyMemmapStorage(len(rows), scratch_dir=str(directory))
+    peer = peers.ReplayBuffer(storage=storage, batch_size=BATCH)
 
     def append() -> None:
         for shard in shards:

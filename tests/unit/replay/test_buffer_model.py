@@ -51,8 +51,13 @@ class BufferMachine(RuleBasedStateMachine):
         self.checkpoint = (self.buffer.state_dict(), list(self.model), 0, 0)
 
     def reopened(self) -> ReplayBuffer:
-        limits = {"capacity": self.capacity, "max_memory_bytes": self.max_memory_bytes}
-        return ReplayBuffer(self.directory, seed=1, sampler=self.sampler, **limits)
+        return ReplayBuffer(
+            self.directory,
+            capacity=self.capacity,
+            seed=1,
+            sampler=self.sampler,
+            max_memory_bytes=self.max_memory_bytes,
+        )
 
     def teardown(self) -> None:
         self.folder.cleanup()
