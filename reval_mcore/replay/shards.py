@@ -200,7 +200,16 @@ def serialize(
     columns = [_column(trajectories, column) for column in SCHEMA.names]
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(footer))
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True)
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        write_page_checksum=True,
+        write_statistics=[
+            name for name in SCHEMA.names if name not in TOKEN_COLUMNS
+        ],  # nobody asks for those of tokens
+    )
     return sink.getvalue()
 
 
