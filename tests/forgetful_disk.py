@@ -235,8 +235,7 @@ def choices() -> dict[str, Choice]:
         name: lambda operation, data=data, names=names: data if operation.is_data else names
         for name, (data, names) in fixed.items()
     }
-    for seed in range(2):
-        found[f"mixture {seed}"] = mixed(seed)
+    found["mixture"] = mixed(0)
     # what a truncation becomes is there or not: zeros and halves are of writes
     return {
         name: lambda operation, choice=choice: (

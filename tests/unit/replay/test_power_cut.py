@@ -28,7 +28,7 @@ def make_writer(replay: Path, writer: str, incarnation: int) -> ShardWriter:
 
 
 def open_buffer(replay: Path) -> ReplayBuffer:
-    return ReplayBuffer(replay, capacity=CAPACITY, seed=0, max_memory_bytes=1)
+    return ReplayBuffer(replay, capacity=CAPACITY, seed=0)
 
 
 def live_through(run: Path, make_group) -> Recording:
