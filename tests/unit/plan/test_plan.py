@@ -19,7 +19,8 @@ from reval_mcore.plan import GIB, make_plan
 from reval_mcore.plan.text import render
 from reval_mcore.plan.traffic import TOKEN_BYTES_IN_MEMORY, TOKEN_BYTES_ON_DISK
 from reval_mcore.records import Trajectory, VersionSpan
-from reval_mcore.replay.shards import SHARDS, ShardWriter, read_shard
+from reval_mcore.replay.loading import read_shard
+from reval_mcore.replay.shards import SHARDS, ShardWriter
 from tests.builders import make_config, save_qwen2
 from tests.plans import CONFIGS, SHIPPED, planned, shipped
 
