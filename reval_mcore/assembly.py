@@ -13,24 +13,25 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
+from reval_mcore.collector_process import WEIGHTS_OF, CollectorProcess
 from reval_mcore.config import Config, ModelConfig, read_json
 from reval_mcore.control import StopSignals
 from reval_mcore.conversion.sources import CheckpointSource
 from reval_mcore.conversion.to_hf import convert_to_hf
 from reval_mcore.durable import append, crc32, write_json
+from reval_mcore.engines import connect, embed_engine, make_engine
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.layout import check_layout
 from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.mcore.model import resolve_implementation
-from reval_mcore.mcore.topology import Topology, launched_world_size, open_topology
+from reval_mcore.mcore.topology import launched_world_size, open_topology
 from reval_mcore.mcore.weight_checkpoint import WeightCheckpoint, check_checkpoint, check_files, find_weights
 from reval_mcore.metrics import MetricsWriter
 from reval_mcore.prompts import (
@@ -43,11 +44,12 @@ from reval_mcore.prompts import (
 )
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt
+from reval_mcore.remote_collection import RemoteCollection
 from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.replay.samplers import make_sampler
 from reval_mcore.replay.shards import ShardWriter, next_incarnation
-from reval_mcore.rollout.embedded import EmbeddedEngine
-from reval_mcore.rollout.engine import RolloutEngine
+from reval_mcore.rollout.sglang import SGLangEngine
+from reval_mcore.rollout.weight_sync import FollowedWeights
 from reval_mcore.run_directory import WEIGHTS, Found, RunDirectory, read_trainer_state, versions
 from reval_mcore.shared_replay import SharedReplay
 from reval_mcore.trainer import Trainer
@@ -162,21 +164,23 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             ranks.share(lambda: check_files(find_weights(config.model.checkpoint)))
         learner = Learner(config, topology)
         logger.info("%s processes on %s, with %s", topology.world_size, topology.device, learner.kernels)
-        engine = _make_engine(config, topology)
+        engine = make_engine(config, topology, ranks, directory.weights)
         stack.callback(engine.close)
         verifier = stack.enter_context(VerifierPool(config.verifier))
-        max_disk_gib = config.replay.max_disk_gib
         buffer = _open_buffer(config, directory) if ranks.is_first else None
-        writer = ShardWriter(
-            directory.replay,
-            writer=f"inline{ranks.rank:03d}",
-            incarnation=ranks.share(lambda: next_incarnation(directory.replay)),
-            tokenizer_hash=tokenizer_hash(tokenizer),
-            template_hash=template_hash(tokenizer, config.prompts),
-            max_disk_bytes=None if max_disk_gib == "unlimited" else int(max_disk_gib * 2**30),
-            full_disk_patience_s=config.replay.full_disk_patience_s,
-        )
         answerer = Answerer(engine, tokenizer, verifier)
+        stop = stack.enter_context(StopSignals())
+        collector: Collector | RemoteCollection
+        if isinstance(engine, SGLangEngine) and config.rollout.mode == "asynchronous":
+            collector = RemoteCollection(
+                *(config, directory.control, directory.replay, train_prompts, answerer, ranks),
+                is_asked_to_stop=lambda: stop.reason is not None,
+            )
+            if ranks.is_first:
+                write_json(directory.control / WEIGHTS_OF, {"attempt": engine.attempt})
+        else:
+            writer = _open_writer(config, directory, tokenizer, f"inline{ranks.rank:03d}", ranks)
+            collector = Collector(config, train_prompts, answerer, writer, stops, ranks)
         metrics = _open_metrics(config, directory, found) if ranks.is_first else None
         if metrics is not None:
             stack.callback(metrics.close)
@@ -187,20 +191,19 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             learner=learner,
             engine=engine,
             answerer=answerer,
-            collector=Collector(config, train_prompts, answerer, writer, stops, ranks),
+            collector=collector,
             replay=SharedReplay(buffer, directory.replay, ranks),
             held_out=held_out,
             stop_token_ids=stops,
             directory=directory,
             checkpoints=checkpoints,
             metrics=metrics,
-            stop=stack.enter_context(StopSignals()),
+            stop=stop,
             ranks=ranks,
         )
         if found is not None:
             trainer.resume(found)
-        elif config.model.has_checkpoint:
-            trainer.publish_weights(0)
+        trainer.publish_weights(trainer.progress.iteration)  # servers may hold anything
         try:
             yield trainer
         except BaseException as error:  # whatever ends the run, a second Ctrl-C too, is on record before it goes on
@@ -256,14 +259,44 @@ def _input_hashes(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
     }
 
 
-def _make_engine(config: Config, topology: Topology) -> RolloutEngine:
-    return EmbeddedEngine(
-        config.model.hf_path,
-        dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
-        device=topology.device,
-        max_batch_size=config.rollout.max_batch_size,
-        has_weights=not config.model.has_checkpoint,
+def _open_writer(
+    config: Config, directory: RunDirectory, tokenizer: PreTrainedTokenizerBase, name: str, ranks: Ranks
+) -> ShardWriter:
+    max_disk_gib = config.replay.max_disk_gib
+    return ShardWriter(
+        directory.replay,
+        writer=name,
+        incarnation=ranks.share(lambda: next_incarnation(directory.replay)),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        template_hash=template_hash(tokenizer, config.prompts),
+        max_disk_bytes=None if max_disk_gib == "unlimited" else int(max_disk_gib * 2**30),
+        full_disk_patience_s=config.replay.full_disk_patience_s,
     )
+
+
+@contextlib.contextmanager
+def open_collector(config: Config, name: str) -> Iterator[CollectorProcess]:
+    """A process that collects for the run of this configuration. Raises ValueError where it has none to collect for."""
+    if config.rollout.mode != "asynchronous":
+        raise ValueError(f'rollout.mode = "{config.rollout.mode}": the trainer collects by itself; use "asynchronous"')
+    tokenizer, stops = read_model(config)
+    train_prompts, _ = read_prompts(config, tokenizer)
+    directory, ranks = RunDirectory(config.run.directory), Ranks()
+    with contextlib.ExitStack() as stack:
+        engine = connect(config, ranks, FollowedWeights())
+        stack.callback(engine.close)
+        engine.check()
+        verifier = stack.enter_context(VerifierPool(config.verifier))
+        answerer = Answerer(engine, tokenizer, verifier)
+        yield CollectorProcess(
+            config,
+            directory.path,
+            name=name,
+            engine=engine,
+            open_writer=lambda: _open_writer(config, directory, tokenizer, name, ranks),
+            make_collector=lambda writer: Collector(config, train_prompts, answerer, writer, stops, ranks),
+            stop=stack.enter_context(StopSignals()),
+        )
 
 
 def _open_buffer(config: Config, directory: RunDirectory) -> ReplayBuffer:
@@ -298,13 +331,13 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
     prompts = load_prompts(config.prompts.held_out, config.prompts, tokenizer)
     with contextlib.ExitStack() as stack:
         topology = stack.enter_context(open_topology())
-        engine = _make_engine(config, topology)
+        engine = embed_engine(config, topology)  # servers may be at work for a run
         stack.callback(engine.close)
         if checkpoint is not None or config.model.has_checkpoint:
             learner = Learner(config, topology)
             if checkpoint is not None:
                 learner.load(checkpoint / WEIGHTS)
-            engine.update_weights(learner.export_weights(), version)
+            engine.update_weights(learner.export_weights, version)
         verifier = stack.enter_context(VerifierPool(config.verifier))
         return evaluate(
             Answerer(engine, tokenizer, verifier),

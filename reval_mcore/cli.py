@@ -40,6 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="with --dry-run: of a GPU (default: 80)")
     train.set_defaults(execute=_train)
 
+    collect = commands.add_parser("collect", help="collect responses for an asynchronous run, beside its trainer")
+    _add_config(collect)
+    collect.add_argument("--name", required=True, metavar="NAME", help="of this collector: letters, digits, '.', '_'")
+    collect.set_defaults(execute=_collect)
+
     evaluate = commands.add_parser("eval", help="accuracy of a model on the held-out prompts of a config")
     _add_config(evaluate)
     source = evaluate.add_mutually_exclusive_group()
@@ -84,6 +89,9 @@ class UserError(Exception):
     """Something that the user can mend; the message says what and how."""
 
 
+_GOES_ON = "it goes on from the last checkpoint, or starts over where there is none"
+
+
 @contextlib.contextmanager
 def _blame_user() -> Iterator[None]:
     """Within it, a ValueError or OSError is about what the user gave: a setting, a file, a directory."""
@@ -106,6 +114,7 @@ def _train(arguments: argparse.Namespace) -> None:
             if vars(arguments)[name] is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: is for a plan; add --dry-run, or leave it out")
     from reval_mcore.assembly import open_trainer, quiet_libraries
+    from reval_mcore.rollout.engine import EngineError
 
     quiet_libraries()
     with contextlib.ExitStack() as stack:
@@ -113,18 +122,33 @@ def _train(arguments: argparse.Namespace) -> None:
             trainer = stack.enter_context(open_trainer(config, allow_changed=arguments.allow_changed))
         try:
             reason = trainer.run()
+        except EngineError as error:
+            raise UserError(f"{error}; {_GOES_ON}") from error
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            raise UserError(
-                f"{in_words(error)}: it goes on from the last checkpoint, or starts over where there is none"
-            ) from error
+            raise UserError(f"{in_words(error)}: {_GOES_ON}") from error
     if not trainer.ranks.is_first:
         return
     if reason == "finished":
         print(f"finished; {config.run.directory}/summary.json has the figures")
     else:
         print(f"stopped by {reason} after iteration {trainer.progress.iteration}; the same command goes on from there")
+
+
+def _collect(arguments: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        with _blame_user():
+            config = load(arguments.config, arguments.overrides)
+            from reval_mcore.assembly import open_collector, quiet_libraries
+            from reval_mcore.rollout.engine import EngineError
+
+            quiet_libraries()
+            process = stack.enter_context(open_collector(config, arguments.name))
+        try:
+            print(f"stopped by {process.run()}")
+        except EngineError as error:
+            raise UserError(f"{error}; its prompts go to others, the same command collects again") from error
 
 
 def _print_plan(arguments: argparse.Namespace, config: Config) -> None:

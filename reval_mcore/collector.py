@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class Collected:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
+class Outcome:
     """What is reported of a trajectory."""
 
     reward: float
@@ -126,14 +126,21 @@ class Collector:
         """
         shards, trajectories = self._own_part(iteration)
         size = self._config.rollout.num_responses
-        samples = self._as_text(trajectories[::size][: self._config.logging.num_text_samples])
-        outcomes = [_Outcome(t.reward, t.verdict, t.finish_reason, len(t.response_tokens)) for t in trajectories]
+        samples = as_text(self._answerer, self._prompts, trajectories[::size][: self._config.logging.num_text_samples])
+        outcomes = outcomes_of(trajectories)
         parts = self._ranks.gather((shards, outcomes, samples))
         return Collected(
             shards=tuple(shard for part, _, _ in parts for shard in part),
-            metrics=_response_metrics([outcome for _, part, _ in parts for outcome in part]),
+            metrics=response_metrics([outcome for _, part, _ in parts for outcome in part]),
             samples=tuple(text for _, _, part in parts for text in part)[: self._config.logging.num_text_samples],
         )
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: what is collected is a function of the iteration."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go back to."""
 
     def _own_part(self, iteration: int) -> tuple[list[str], list[Trajectory]]:
         """(shard, if there is something to put in one; trajectories)."""
@@ -224,15 +231,6 @@ class Collector:
             case _:
                 return None
 
-    def _as_text(self, trajectories: Sequence[Trajectory]) -> tuple[str, ...]:
-        prompts = {prompt.prompt_id: prompt for prompt in self._prompts}
-        chosen = [prompts[trajectory.prompt_id] for trajectory in trajectories]
-        texts = self._answerer.decode([trajectory.response_tokens for trajectory in trajectories])
-        return tuple(
-            f"{prompt.text}{text}\n[{trajectory.verdict}; truth {prompt.answer}]"
-            for prompt, text, trajectory in zip(chosen, texts, trajectories, strict=True)
-        )
-
     def _trajectory(
         self, member: Answered, verdict: Verdict | None, *, iteration: int, mean: float, std: float, group_size: int
     ) -> Trajectory:
@@ -263,11 +261,26 @@ class Collector:
         )
 
 
+def outcomes_of(trajectories: Sequence[Trajectory]) -> list[Outcome]:
+    return [Outcome(t.reward, t.verdict, t.finish_reason, len(t.response_tokens)) for t in trajectories]
+
+
+def as_text(answerer: Answerer, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> tuple[str, ...]:
+    """For people: prompt, response, verdict."""
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    chosen = [by_id[trajectory.prompt_id] for trajectory in trajectories]
+    texts = answerer.decode([trajectory.response_tokens for trajectory in trajectories])
+    return tuple(
+        f"{prompt.text}{text}\n[{trajectory.verdict}; truth {prompt.answer}]"
+        for prompt, text, trajectory in zip(chosen, texts, trajectories, strict=True)
+    )
+
+
 def _group_id(iteration: int, prompt: Prompt) -> str:
     return f"{iteration:06d}-{prompt.prompt_id}"
 
 
-def _response_metrics(outcomes: Sequence[_Outcome]) -> dict[str, float]:
+def response_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
     lengths = np.array([outcome.num_response_tokens for outcome in outcomes])
     rewards = np.array([outcome.reward for outcome in outcomes], np.float32)  # as a shard holds them
     reasons = Counter(outcome.verdict for outcome in outcomes)

@@ -4,6 +4,7 @@ config.toml   metrics.jsonl   tensorboard/   replay/   summary.json   curve.png 
 logs/attempt_000/             what each start of the run had to say
 checkpoints/step_000200/      a distributed checkpoint (weights/), trainer.json, replay.npz; config.toml, inputs.json,
                               versions.json: what it was made with; manifest.json: CRC32s of all of these
+weights/v000012-<attempt>/    in HF format, for servers to load (rollout.weight_sync = "disk")
 checkpoints/latest            a link to the newest complete one; what is not linked from here does not count
 """
 
@@ -52,9 +53,11 @@ class RunDirectory:
         self.path = path
         self.replay = path / "replay"
         self.checkpoints = path / "checkpoints"
+        self.weights = path / "weights"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
-        self.exit_record = path / "control" / "exit.json"
+        self.control = path / "control"
+        self.exit_record = self.control / "exit.json"
         self.had_other_settings = path / "control" / "had_other_settings"  # a mark; stays once it is there
         self.attempts = path / "logs"
         self._lock: IO[str] | None = None

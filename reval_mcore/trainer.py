@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from reval_mcore.metrics import MetricsWriter, PhaseClock
 from reval_mcore.objectives import make_objective, make_targets, shape_rewards
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Batch, Prompt, UpdateStats
+from reval_mcore.remote_collection import RemoteCollection
 from reval_mcore.rollout.engine import RolloutEngine
 from reval_mcore.run_directory import Found, RunDirectory
 from reval_mcore.shared_replay import SharedReplay
@@ -42,6 +44,7 @@ class Progress:
     num_reference_resets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     evaluation_before: dict[str, float] = field(default_factory=dict)
+    collection: dict[str, Any] = field(default_factory=dict)  # what collectors have done; asynchronous mode
 
 
 class Trainer:
@@ -52,7 +55,7 @@ class Trainer:
         learner: Learner,
         engine: RolloutEngine,
         answerer: Answerer,
-        collector: Collector,
+        collector: Collector | RemoteCollection,
         replay: SharedReplay,
         held_out: Sequence[Prompt],
         stop_token_ids: tuple[int, ...],
@@ -92,6 +95,8 @@ class Trainer:
             if self.stop_reason() is not None:
                 break
             collected = self.collect(iteration)
+            if collected is None:  # asked to stop while waiting
+                break
             fresh = self.admit(collected)
             mismatch = self.measure_mismatch(fresh)
             updates = [self.update(batch) for batch in self.batches(fresh)]
@@ -107,7 +112,7 @@ class Trainer:
 
     # ------------------------------------------------------------ its steps
 
-    def collect(self, iteration: int) -> Collected:
+    def collect(self, iteration: int) -> Collected | None:
         with self.clock.phase("collect"):
             return self.collector.collect(iteration)
 
@@ -173,7 +178,7 @@ class Trainer:
 
     def publish_weights(self, version: int) -> None:
         with self.clock.phase("weights"):
-            self.engine.update_weights(self.learner.export_weights(), version)
+            self.engine.update_weights(self.learner.export_weights, version)
 
     def reset_reference(self, version: int) -> None:
         """reference <- policy. Eager refresh sweeps the buffer now, while both are the same weights.
@@ -253,7 +258,10 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.sync()  # the lines before a checkpoint must outlive a power cut too
         with self.clock.phase("checkpoint"):
-            self.checkpoints.save(self.progress.iteration, asdict(self.progress) | {"seconds": self.seconds()})
+            self.checkpoints.save(self.progress.iteration, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return asdict(self.progress) | {"seconds": self.seconds(), "collection": self.collector.state()}
 
     def run(self) -> str:
         """Evaluate, train, evaluate, and write summary.json; or, asked to stop, leave a checkpoint to go on from.
@@ -279,12 +287,12 @@ class Trainer:
     def resume(self, found: Found) -> None:
         """Go on from a checkpoint. What was collected after it is used again; journal and states go back to it."""
         self.progress = Progress(**self.checkpoints.restore(found.checkpoint))
+        self.collector.restore(self.progress.collection)
         used: list[str] = []
         pending = self.replay.pending_shards()
         if not found.had_other_settings:  # under other settings they would be another run's
             used = self.collector.take_over(self.replay.shards, pending)
         self.replay.discard_pending(keep=[name for names in self.ranks.gather(used) for name in names])
-        self.publish_weights(self.progress.iteration)
 
     def seconds(self) -> dict[str, float]:
         """By phase, over all attempts."""

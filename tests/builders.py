@@ -85,6 +85,26 @@ def save_qwen2(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.flo
     return save_model("qwen2", directory, seed=seed, dtype=dtype, **fields)
 
 
+def save_like(model: Path, directory: Path, *, seed: int) -> Path:
+    """A Qwen2 of the shape of another, with random weights that make a distribution far from uniform; no tokenizer."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    shape = {name: config[name] for name in _SHAPE}
+    return save_qwen2(directory, seed=seed, initializer_range=0.15, rms_norm_eps=config["rms_norm_eps"], **shape)
+
+
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "rope_parameters",
+)
+
+
 def load_hf(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The same directory in transformers."""
     from transformers import AutoModelForCausalLM

@@ -1,14 +1,20 @@
-"""Markers that turn into skips, and the one topology of this process."""
+"""Markers that turn into skips, the one topology of this process, and the demo's model."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
+import tools.make_tiny_model
+import tools.tiny_task
 from tests.small_disk import SmallDisk, reason_to_skip
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ def _missing(marker: str) -> str | None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     # here, not beside the tests that they are for: pytest parses its command line before it finds a deeper conftest.py
     parser.addoption("--update-golden", action="store_true", help="write the messages of wrong inputs anew, to be read")
+    parser.addoption("--sglang-urls", default="", metavar="URL,URL", help="two servers that run, to save their start")
     parser.addoption("--num-kills", type=int, default=8, metavar="N", help="random moments at which a run is killed")
     parser.addoption("--replay-seconds", type=float, default=6.0, metavar="S", help="how long eight writers write")
 
@@ -65,3 +72,21 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
         pytest.skip(reason)
     with SmallDisk(tmp_path_factory.mktemp("small_disk")) as disk:
         yield disk
+
+
+def cache_directory() -> Path:
+    """Where tools/environment.sh keeps what is slow to make."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reval_mcore"
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The warm-started model of seed 0 with its prompts; made where the cache has none of these sources."""
+    modules = (tools.make_tiny_model, tools.tiny_task)
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    path = cache_directory() / f"tiny_model-{hashlib.sha256(sources).hexdigest()[:16]}"
+    if not (path / "tiny_model.json").is_file():
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        tools.make_tiny_model.make(path, seed=0, threads=1)
+    return path

@@ -113,6 +113,31 @@ def _check_system_prompt(prompts: PromptsConfig) -> Iterator[Problem]:
         )
 
 
+def _check_servers(rollout: RolloutConfig) -> Iterator[Problem]:
+    if rollout.engine == "sglang" and not rollout.servers:
+        yield Problem("rollout.servers", [], 'rollout.engine = "sglang" needs some; give their URLs')
+    if rollout.engine != "sglang" and rollout.servers:
+        yield Problem(
+            "rollout.servers",
+            list(rollout.servers),
+            f'nobody asks them with rollout.engine = "{rollout.engine}"; use "sglang", or leave them out',
+        )
+    if rollout.mode == "asynchronous" and rollout.engine != "sglang":
+        yield Problem("rollout.mode", rollout.mode, 'collectors work on servers; use rollout.engine = "sglang"')
+    if rollout.mode == "asynchronous" and rollout.weight_sync != "disk":
+        yield Problem(
+            "rollout.weight_sync",
+            rollout.weight_sync,
+            'servers that generate take new weights between requests only from files; use "disk" with '
+            'rollout.mode = "asynchronous"',
+        )
+    for url in rollout.servers:
+        if not url.startswith(("http://", "https://")):
+            yield Problem("rollout.servers", url, "is no URL; write it as http://HOST:PORT")
+    for url in sorted({url for url in rollout.servers if rollout.servers.count(url) > 1}):
+        yield Problem("rollout.servers", url, "is there twice; name each server once")
+
+
 def _check_parallel(parallel: ParallelConfig) -> Iterator[Problem]:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield Problem(
@@ -132,6 +157,7 @@ CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_micro_batch, ("prompts", "rollout", "updates")),
     (_check_schedule, ("optimizer", "run", "updates")),
     (_check_pass_at_k, ("evaluation",)),
+    (_check_servers, ("rollout",)),
     (_check_parallel, ("parallel",)),
     (_check_held_out, ("prompts",)),
     (_check_system_prompt, ("prompts",)),

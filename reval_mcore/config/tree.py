@@ -96,8 +96,14 @@ class PromptsConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["embedded"] = "embedded"
-    """"embedded": transformers' generate, inside the trainer process."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """"embedded": transformers' generate, inside the trainer process. "sglang": SGLang servers, see `servers`."""
+    mode: Literal["synchronous", "asynchronous"] = "synchronous"
+    """"synchronous": the trainer collects between updates. "asynchronous": `reval collect` processes do, meanwhile."""
+    max_versions_behind: int = Field(default=1, ge=0)
+    """Asynchronous: how many iterations collectors may run ahead."""
+    collector_timeout_s: float = Field(default=60.0, gt=0.0)
+    """Asynchronous: a collector that is silent for so long loses its prompts to others."""
     num_prompts: PositiveInt
     """P, prompts an iteration."""
     num_responses: PositiveInt
@@ -113,6 +119,22 @@ class RolloutConfig(Section):
     """Sequences that the embedded engine generates at a time."""
     weight_bucket_bytes: PositiveInt = 1 << 29
     """Of the weights gathered at a time on their way to the engines."""
+    servers: Annotated[tuple[str, ...], _FROM_TOML] = ()
+    """URLs of the SGLang servers, for example "http://node7:30000"."""
+    api_key_file: str = ""
+    """File with the key that the servers were started with (--api-key); empty: they have none."""
+    max_concurrent_requests: PositiveInt = 64
+    """Responses that one server works on at a time, for one trainer process."""
+    request_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Deadline of a response on one server; then another is asked."""
+    control_timeout_s: float = Field(default=30.0, gt=0.0)
+    """A server that says nothing about itself for so long is asked no more, until it answers again."""
+    server_patience_s: float = Field(default=300.0, ge=0.0)
+    """How long a run waits for a server where there is none; then it ends, and goes on with the same command."""
+    weight_sync: Literal["disk", "distributed"] = "disk"
+    """How new weights get to the servers: files in the run directory, or a process group with them (NCCL, gloo)."""
+    weight_sync_timeout_s: float = Field(default=300.0, gt=0.0)
+    """Deadline for one server to take new weights."""
 
 
 class VerifierConfig(Section):

@@ -234,6 +234,7 @@ class ShardWriter:
         """
         self._next = ShardName(writer, incarnation, 0)
         assert ShardName.parse(str(self._next)) == self._next, f"not usable in a file name: {writer!r}, {incarnation}"
+        self.incarnation = incarnation
         self._hashes = {"tokenizer_hash": tokenizer_hash, "template_hash": template_hash}
         self._directory, self._shards = directory, directory / SHARDS
         self._max_disk_bytes, self._patience_s = max_disk_bytes, full_disk_patience_s

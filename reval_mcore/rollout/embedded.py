@@ -7,7 +7,8 @@ inverse of the cumulative distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import StoppingCriteria
 
 from reval_mcore.records import VersionSpan
-from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, SamplingParams
+from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, SamplingParams, WeightSource
 
 
 class EmbeddedEngine:
@@ -44,13 +46,18 @@ class EmbeddedEngine:
         self._tensors: dict[str, torch.Tensor] = dict(self._model.named_parameters())
         self._max_batch_size = max_batch_size
         self._version = 0
+        self._is_aborting = threading.Event()
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[GenerationResponse]:
+        self._is_aborting.clear()
         # neighbours in length share a batch, so that little is padded
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
         responses: dict[int, GenerationResponse] = {}
         for start in range(0, len(order), self._max_batch_size):
             chunk = order[start : start + self._max_batch_size]
+            if self._is_aborting.is_set():
+                responses.update((i, _NOTHING) for i in chunk)
+                continue
             responses.update(zip(chunk, self._generate_batch([requests[i] for i in chunk], sampling), strict=True))
         return [responses[i] for i in range(len(requests))]
 
@@ -74,7 +81,12 @@ class EmbeddedEngine:
             eos_token_id=list(sampling.stop_token_ids),
             pad_token_id=pad,
         )
-        output = self._model.generate(input_ids=prompts, attention_mask=mask, logits_processor=[sampler])
+        output = self._model.generate(
+            input_ids=prompts,
+            attention_mask=mask,
+            logits_processor=[sampler],
+            stopping_criteria=[_WhenAborted(self._is_aborting)],
+        )
         tokens = output[:, longest:].cpu().numpy().astype(np.int32)
         logprobs = sampler.logprobs().cpu().numpy()
         return [self._response(tokens[row], logprobs[row], sampling) for row in range(len(requests))]
@@ -82,17 +94,21 @@ class EmbeddedEngine:
     def _response(self, tokens: np.ndarray, logprobs: np.ndarray, sampling: SamplingParams) -> GenerationResponse:
         stops = np.flatnonzero(np.isin(tokens, sampling.stop_token_ids))
         length = int(stops[0]) + 1 if len(stops) else len(tokens)
+        cut = "length" if length == sampling.max_response_tokens else "abort"
         return GenerationResponse(
             token_ids=tokens[:length].copy(),
             logprobs=logprobs[:length].copy(),
-            finish_reason="stop" if len(stops) else "length",
+            finish_reason="stop" if len(stops) else cut,
             version_spans=(VersionSpan(self._version, 0, length),),
         )
 
+    def abort(self) -> None:
+        self._is_aborting.set()
+
     @torch.no_grad()
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int) -> None:
         missing = set(self._tensors)
-        for name, tensor in named_tensors:
+        for name, tensor in weights():
             if name not in self._tensors:
                 raise ValueError(f"weight update {version}: unknown tensor {name}; the engine's model has none such")
             self._tensors[name].copy_(tensor)
@@ -103,6 +119,20 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         self._tensors.clear()
+
+
+_NOTHING = GenerationResponse(np.empty(0, np.int32), np.empty(0, np.float32), "abort", ())
+
+
+class _WhenAborted(StoppingCriteria):
+    """Ends all rows of a batch."""
+
+    def __init__(self, is_aborting: threading.Event) -> None:
+        self._is_aborting = is_aborting
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        """bool [B]"""
+        return torch.full((len(input_ids),), self._is_aborting.is_set(), device=input_ids.device)
 
 
 class _Sampler(LogitsProcessor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,22 +37,40 @@ class GenerationRequest:
 class GenerationResponse:
     """What came back, aligned with its request."""
 
-    token_ids: np.ndarray  # int32 [response length], the stop token included
+    token_ids: np.ndarray  # int32 [response length], the stop token included; may be empty after an abort
     logprobs: np.ndarray  # float32 [response length], at temperature 1 and before top-p and top-k
-    finish_reason: FinishReason
-    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason  # "abort": ended by `abort`, with the tokens so far
+    version_spans: tuple[VersionSpan, ...]  # of all tokens, in their order
+
+
+# (HF name, whole tensor) pairs of all weights, as often as it is called: a failed transfer starts over
+WeightSource = Callable[[], Iterable[tuple[str, "torch.Tensor"]]]
+
+
+class EngineError(Exception):
+    """An engine cannot go on: none of its servers is left, say. One line, with the causes."""
 
 
 class RolloutEngine(Protocol):
-    """Every engine passes the same contract tests (tests/unit/rollout)."""
+    """Every engine passes the same contract tests (tests/unit/rollout, tests/sglang)."""
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[GenerationResponse]:
-        """One response a request, in their order. A response is a function of the weights, its request and `sampling`;
-        of the other requests only as far as rounding goes."""
+        """One response a request, in their order; of the other requests each depends as far as rounding goes.
+
+        An engine that can honour seeds makes each a function of the weights, its request and `sampling`. Raises
+        EngineError where responses cannot be had.
+        """
         ...
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take (HF name, whole tensor) pairs as policy `version`. An incomplete or unknown set raises ValueError."""
+    def abort(self) -> None:
+        """End the `generate` that is running in another thread: it returns soon, unfinished responses as "abort"."""
+        ...
+
+    def update_weights(self, weights: WeightSource, version: int) -> None:
+        """Take these weights as policy `version`. An incomplete or unknown set raises ValueError.
+
+        All ranks of a trainer call it together, and `weights` is called by all of them and read to its end.
+        """
         ...
 
     def close(self) -> None: ...

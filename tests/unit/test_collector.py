@@ -5,7 +5,7 @@ The engine is scripted, so that every response is known; verifier and shards are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from reval_mcore.prompts import prompts_for_iteration
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import FinishReason, Prompt, Trajectory, VersionSpan
 from reval_mcore.replay.shards import ShardWriter, read_trajectories
-from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, SamplingParams
+from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, SamplingParams, WeightSource
 from reval_mcore.verifiers import VerifierPool
 from tests.builders import make_config
 
@@ -53,7 +53,8 @@ class ScriptedEngine:
             tokens, np.full(len(tokens), -0.5, np.float32), reason, (VersionSpan(3, 0, len(tokens)),)
         )
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None: ...
+    def abort(self) -> None: ...
+    def update_weights(self, weights: WeightSource, version: int) -> None: ...
     def close(self) -> None: ...
 
 

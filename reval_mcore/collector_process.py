@@ -1,0 +1,160 @@
+"""`reval collect`: a process that fills the blocks it is given, on servers that it is given, until the run has ended.
+
+It needs nothing of the trainer but files: control/collection.json says what to do, control/weights.json whose weights
+the servers get. It may be started before the trainer, end, be killed and come back; many work side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from reval_mcore.collector import Collector
+from reval_mcore.config import Config
+from reval_mcore.control import Collection, Heart, StopSignals, read_collection
+from reval_mcore.replay.shards import ShardWriter
+from reval_mcore.rollout.sglang import SGLangEngine
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_OF = "weights.json"  # in control/: the attempt at the run whose weights the servers get
+_POLL_S = 0.2
+_NUM_SLOTS = 2  # one to work on, one to go on with
+
+
+class CollectorProcess:
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        *,
+        name: str,
+        engine: SGLangEngine,
+        open_writer: Callable[[], ShardWriter],
+        make_collector: Callable[[ShardWriter], Collector],
+        stop: StopSignals,
+    ) -> None:
+        self._config = config
+        self._control = run / "control"
+        self._name = name
+        self._engine = engine
+        self._open_writer = open_writer
+        self._make_collector = make_collector
+        self._stop = stop
+        self._made: dict[int, str] = {}  # shards by block, until they are admitted
+        self._lock = threading.Lock()  # one writer of the heartbeat at a time
+
+    def run(self) -> str:
+        """Work until the run has ended or a signal came; returns which. What is begun is finished and announced."""
+        while True:
+            attempt = self._attempt()
+            if self._stop.reason is not None:
+                return self._stop.reason
+            if self._has_finished():
+                return "finished"
+            if attempt is None:
+                time.sleep(_POLL_S)
+            else:
+                self._work_for(attempt)
+
+    def _attempt(self) -> str | None:
+        """At the run: which start of its trainer. None before the first."""
+        try:
+            return str(json.loads((self._control / WEIGHTS_OF).read_text())["attempt"])
+        except FileNotFoundError:
+            return None
+
+    def _work_for(self, attempt: str) -> None:
+        """Until the trainer is started anew, or there is no more to do. What was made for an earlier start, and is
+        there, the trainer has found by itself; it may also have begun from an empty buffer, without our folders."""
+        writer = self._open_writer()
+        self._heart = Heart(self._control, self._name, writer.incarnation)
+        self._collector = self._make_collector(writer)
+        self._made.clear()
+        self._engine.follow(attempt)
+        with self._beating():
+            while self._stop.reason is None and not self._has_finished() and self._attempt() == attempt:
+                block = self._next(self._look())
+                if block is None:
+                    time.sleep(_POLL_S)
+                else:
+                    self._fill(block)
+            if self._stop.reason is not None:
+                self._drain()
+        self._heart.stop()
+
+    def _look(self) -> Collection | None:
+        collection = read_collection(self._control)
+        if collection is not None:
+            self._made = {block: name for block, name in self._made.items() if not collection.is_done(block)}
+        return collection
+
+    def _has_finished(self) -> bool:
+        try:
+            return json.loads((self._control / "exit.json").read_text())["reason"] == "finished"
+        except FileNotFoundError:
+            return False
+
+    def _next(self, collection: Collection | None) -> int | None:
+        if collection is None:
+            return None
+        given = collection.blocks_of(self._heart.collector, self._heart.incarnation)
+        return next((block for block in given if block not in self._made), None)
+
+    def _fill(self, block: int) -> None:
+        start = time.monotonic()
+        try:
+            collected = self._collector.collect(block)
+        except OSError as error:  # no room; or a new trainer has swept the folder, and its start is told presently
+            logger.warning("block %d is not written: %s", block, error)
+            time.sleep(1.0)
+            return
+        (name,) = collected.shards
+        self._made[block] = name
+        self._beat()
+        print(
+            f"block {block}: {collected.metrics['num_trajectories']:.0f} trajectories, accuracy "
+            f"{collected.metrics['accuracy']:.4f}, {time.monotonic() - start:.1f} s",
+            flush=True,
+        )
+
+    def _drain(self) -> None:
+        """Wait until what was made is admitted, as long as a silent collector would be waited for."""
+        deadline = time.monotonic() + self._config.rollout.collector_timeout_s
+        while self._made and time.monotonic() < deadline and not self._has_finished():
+            self._beat(is_draining=True)
+            time.sleep(_POLL_S)
+            self._look()
+
+    # ------------------------------------------------------------ heartbeat
+
+    def _beat(self, *, is_draining: bool = False) -> None:
+        with self._lock:
+            shards: Sequence[str] = list(self._made.values())
+            self._heart.beat(num_slots=_NUM_SLOTS, shards=shards, is_draining=is_draining)
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """The heart beats while the work goes on, however long a block takes."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(self._config.rollout.collector_timeout_s / 6):
+                try:
+                    self._beat()
+                except OSError as error:  # a full disk: the next beat may find room
+                    logger.warning("no heartbeat: %s", error)
+
+        self._beat()
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

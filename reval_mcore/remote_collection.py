@@ -1,0 +1,123 @@
+"""Collection by other processes, as the trainer sees it: who may begin what, what is there, and when it is enough.
+
+One block of the prompt order is the prompts of one iteration, and one shard. Collectors run ahead of the trainer by at
+most `rollout.max_versions_behind` blocks; an iteration takes all blocks that are there, and waits for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reval_mcore.collector import Answerer, Collected, as_text, outcomes_of, response_metrics
+from reval_mcore.config import Config
+from reval_mcore.control import Collection, LeaseKeeper, block_of, quota_blocks
+from reval_mcore.ranks import Ranks
+from reval_mcore.records import Prompt
+from reval_mcore.replay.shards import SHARDS, CorruptShardError, read_trajectories
+from reval_mcore.rollout.engine import EngineError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+
+
+class RemoteCollection:
+    """Has the methods of a Collector. The first rank watches; every rank has one, and all call it together."""
+
+    def __init__(
+        self,
+        config: Config,
+        control: Path,
+        replay: Path,
+        prompts: Sequence[Prompt],
+        answerer: Answerer,
+        ranks: Ranks,
+        is_asked_to_stop: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._control = control
+        self._shards = replay / SHARDS
+        self._prompts = prompts
+        self._answerer = answerer
+        self._ranks = ranks
+        self._is_asked_to_stop = is_asked_to_stop
+        self._blocks: dict[str, int | None] = {}  # of the shards that were heard of; None: cannot be used
+        self._keeper: LeaseKeeper | None = None
+        self.restore({})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state` gave. What collectors did since is done again, or taken over."""
+        collection = Collection.from_json(state) if state else Collection()
+        if self._ranks.is_first:
+            self._keeper = LeaseKeeper(self._control, collection, timeout_s=self._config.rollout.collector_timeout_s)
+
+    def state(self) -> dict[str, Any]:
+        return self._ranks.share(lambda: self._first.collection.to_json())
+
+    @property
+    def _first(self) -> LeaseKeeper:
+        assert self._keeper is not None, "asked for on another rank than the first"
+        return self._keeper
+
+    def take_over(self, directory: Path, shards: Sequence[str]) -> list[str]:
+        """These were not admitted before the last checkpoint; those that hold a block are kept, to be admitted."""
+        return [name for name in shards if self._block_in(name) is not None]
+
+    def collect(self, iteration: int) -> Collected | None:
+        """Wait until there is a block at least; None where the run is asked to stop. Raises EngineError where nobody
+        collects for `rollout.server_patience_s`."""
+        return self._ranks.share(lambda: self._wait(iteration))
+
+    def _wait(self, iteration: int) -> Collected | None:
+        rollout, keeper = self._config.rollout, self._first
+        quota = quota_blocks(iteration, blocks_per_iteration=1, max_versions_behind=rollout.max_versions_behind)
+        heard = time.monotonic()
+        while not self._is_asked_to_stop():
+            keeper.turn(iteration, quota)
+            hearts = keeper.heartbeats()
+            if hearts:
+                heard = time.monotonic()
+            ready = self._ready([name for heart in hearts for name in heart.shards])
+            if ready:
+                return self._take(ready, keeper)
+            if time.monotonic() - heard > rollout.server_patience_s:
+                raise EngineError(f"nobody collects for {rollout.server_patience_s:g} s; start reval collect CONFIG")
+            time.sleep(_POLL_S)
+        return None
+
+    def _ready(self, announced: Sequence[str]) -> dict[int, str]:
+        """A shard of each block that is there and not done; a block that was done twice is taken once."""
+        ready: dict[int, str] = {}
+        for name in sorted({*announced, *self._blocks}):
+            block = self._block_in(name)
+            if block is not None and not self._first.collection.is_done(block):
+                ready.setdefault(block, name)
+        return ready
+
+    def _block_in(self, name: str) -> int | None:
+        if name not in self._blocks:
+            try:
+                ids = [trajectory.trajectory_id for trajectory in read_trajectories(self._shards / name)]
+            except CorruptShardError as error:
+                logger.warning("replay shard %s cannot be used: %s", name, error)
+                ids = []
+            except FileNotFoundError:  # announced, and not to be seen yet
+                return None
+            self._blocks[name] = block_of(ids[0]) if ids else None
+        return self._blocks[name]
+
+    def _take(self, ready: Mapping[int, str], keeper: LeaseKeeper) -> Collected:
+        trajectories = [t for block in sorted(ready) for t in read_trajectories(self._shards / ready[block])]
+        keeper.complete(ready)
+        self._blocks = {name: block for name, block in self._blocks.items() if block is None or block not in ready}
+        size = self._config.rollout.num_responses
+        samples = trajectories[::size][: self._config.logging.num_text_samples]
+        return Collected(
+            shards=tuple(ready[block] for block in sorted(ready)),
+            metrics=response_metrics(outcomes_of(trajectories)),
+            samples=as_text(self._answerer, self._prompts, samples),
+        )

@@ -1,0 +1,178 @@
+"""The SGLang servers of a run: which of them may be asked, and how one that failed comes back.
+
+A server is fit while it serves the weights that are wanted, whole. Its own word for them, the label, is the proof: a
+label is unique to one version of one attempt at a run, and a server gets it last, when all of a version is in. So one
+that was restarted, that missed an update or has half of one cannot be taken for one that is up to date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from reval_mcore.rollout.engine import EngineError
+from reval_mcore.rollout.sglang_server import ServerError, ServerInfo, SGLangServer
+
+logger = logging.getLogger(__name__)
+
+UPDATING = "updating"  # label of a server with half a version
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+
+
+def backoff_s(num_failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(_FIRST_WAIT_S * 2.0 ** min(num_failures - 1, 10), _LONGEST_WAIT_S)
+
+
+@dataclass
+class Member:
+    """A server and what is known of it."""
+
+    server: SGLangServer
+    info: ServerInfo | None = None
+    is_fit: bool = False
+    reason: str = "has no weights yet"  # why it is not fit
+    num_running: int = 0  # requests of this engine
+    num_failures: int = 0  # in a row
+    retry_at: float = 0.0  # by time.monotonic
+    lost: asyncio.Event = field(default_factory=asyncio.Event)  # set: whoever waits for an answer need not
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+
+class Fleet:
+    """For one event loop. `restore(server, label)` brings weights to a server that lacks them, if that can be done."""
+
+    def __init__(
+        self,
+        servers: Sequence[SGLangServer],
+        *,
+        max_concurrent_requests: int,
+        timeout_s: float,
+        patience_s: float,
+        restore: Callable[[SGLangServer, str], Awaitable[None]] | None,
+        follows: Callable[[str], bool] | None = None,
+    ) -> None:
+        """`follows`: labels of weights that another process brings; any of them will do."""
+        self.members = [Member(server) for server in servers]
+        self.label = ""  # of the wanted weights
+        self.follows = follows
+        self.updating = asyncio.Lock()  # held while weights are on their way
+        self._max_concurrent_requests = max_concurrent_requests
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._restore = restore
+        self._changed = asyncio.Condition()
+
+    @property
+    def fit(self) -> list[Member]:
+        return [member for member in self.members if member.is_fit]
+
+    # ------------------------------------------------------------ asking
+
+    async def acquire(self, avoid: set[str]) -> Member:
+        """A fit server with room, the least busy one; one of `avoid` only where there is no other.
+
+        Raises EngineError where none has become fit for `patience_s`.
+        """
+        last_fit = time.monotonic()
+        async with self._changed:
+            while True:
+                if self.fit:
+                    last_fit = time.monotonic()
+                free = [member for member in self.fit if member.num_running < self._max_concurrent_requests]
+                if free:
+                    chosen = min(free, key=lambda member: (member.url in avoid, member.num_running))
+                    chosen.num_running += 1
+                    return chosen
+                waited = time.monotonic() - last_fit
+                if waited > self._patience_s:
+                    raise EngineError(f"no server for {waited:.0f} s: {self.reasons()}")
+                try:
+                    await asyncio.wait_for(self._changed.wait(), 1.0)
+                except TimeoutError:
+                    continue
+
+    async def release(self, member: Member) -> None:
+        async with self._changed:
+            member.num_running -= 1
+            self._changed.notify_all()
+
+    def reasons(self) -> str:
+        return "; ".join(member.reason for member in self.members if not member.is_fit)
+
+    # ------------------------------------------------------------ fitness
+
+    async def lose(self, member: Member, error: ServerError | str) -> None:
+        """It failed: ask it no more until it has shown itself again. One line in the log, the first time."""
+        member.num_failures += 1
+        member.retry_at = time.monotonic() + backoff_s(member.num_failures)
+        if member.is_fit:
+            logger.warning("server lost: %s", error)
+        member.is_fit, member.reason = False, str(error)
+        member.lost.set()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def doubt(self, member: Member, error: ServerError) -> None:
+        """A connection broke: lose it, unless it answers another and serves what is wanted."""
+        try:
+            is_there = self._is_wanted(await member.server.served_weights(self._timeout_s))
+        except ServerError:
+            is_there = False
+        if not is_there:
+            await self.lose(member, error)
+
+    async def admit(self, member: Member) -> None:
+        """It serves the wanted weights."""
+        if not member.is_fit and member.num_failures:
+            logger.warning("server back: %s serves %s", member.url, self.label)
+        member.is_fit, member.reason, member.num_failures = True, "", 0
+        member.lost = asyncio.Event()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def want(self, label: str) -> None:
+        """Other weights are wanted: nobody is fit until it has them."""
+        self.label = label
+        for member in self.members:
+            member.is_fit, member.reason = False, f"{member.url}: has not got {label} yet"
+
+    def _is_wanted(self, label: str) -> bool:
+        return self.follows(label) if self.follows is not None else label == self.label
+
+    async def watch(self) -> None:
+        """Look after the servers until cancelled: notice those that hang, bring back those that were lost."""
+        while True:
+            await asyncio.sleep(_FIRST_WAIT_S)
+            now = time.monotonic()
+            due = [member for member in self.members if now >= member.retry_at]
+            await asyncio.gather(*(self._look_after(member) for member in due))
+
+    async def _look_after(self, member: Member) -> None:
+        try:
+            if member.is_fit:
+                member.retry_at = time.monotonic() + self._timeout_s / 4
+                served = await member.server.served_weights(self._timeout_s)
+                if member.is_fit and not self.updating.locked() and not self._is_wanted(served):
+                    raise ServerError(f"{member.url}: serves {served!r}, not {self.label!r}; it was restarted")
+            elif (self.label or self.follows) and not self.updating.locked():
+                async with self.updating:
+                    await self._bring_back(member)
+        except ServerError as error:
+            await self.lose(member, error)
+
+    async def _bring_back(self, member: Member) -> None:
+        if member.is_fit:
+            return
+        if not self._is_wanted(await member.server.served_weights(self._timeout_s)):
+            if self._restore is None:
+                raise ServerError(f"{member.url}: waits for the next version of the weights")
+            await self._restore(member.server, self.label)
+        await member.server.check_replies(self._timeout_s)
+        await self.admit(member)

@@ -1,0 +1,124 @@
+"""Collectors as processes beside a trainer: an asynchronous run learns, ends, and outlives the loss of any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reval_mcore.replay.shards import SHARDS, read_trajectories
+from tests.sglang.conftest import Servers
+from tests.sglang.servers import ROOT
+from tests.sglang.test_train import half_way, on_servers, settings  # noqa: F401  (a fixture)
+
+
+class Processes:
+    """Of one run; whatever is left is killed at the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._all: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self._directory / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "reval_mcore.cli", *arguments],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._all.append(process)
+        return process
+
+    def log(self, name: str) -> str:
+        return (self._directory / f"{name}.log").read_text()
+
+    def kill(self) -> None:
+        for process in self._all:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(tmp_path)
+    try:
+        yield started
+    finally:
+        started.kill()
+
+
+def lines_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for_iterations(run: Path, number: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 900.0
+    while lines_of(run) < number:
+        assert process.poll() is None, "the trainer ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def check_replay(run: Path, num_blocks: int, size: int) -> None:
+    """What was admitted: every block once and whole, each trajectory with the versions that it is of."""
+    admitted = [json.loads(line) for line in (run / "replay" / "journal.jsonl").read_text().splitlines()]
+    names = [str(entry["shard"]) for entry in admitted if "shard" in entry]
+    blocks: Counter[str] = Counter()
+    for name in names:
+        for trajectory in read_trajectories(run / "replay" / SHARDS / name):
+            blocks[trajectory.trajectory_id.partition("-")[0]] += 1
+            spans = trajectory.version_spans
+            assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
+            assert spans[-1].end == len(trajectory.response_tokens)
+    assert len(blocks) >= num_blocks
+    assert set(blocks.values()) == {size}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_an_asynchronous_run_learns_though_processes_are_killed(
+    servers: Servers,
+    tiny_model: Path,
+    half_way: Path,  # noqa: F811
+    tmp_path: Path,
+    processes: Processes,
+) -> None:
+    run = tmp_path / "run"
+    arguments = [
+        *settings(tiny_model, half_way, run),
+        *on_servers(servers(2), tmp_path),
+        "run.num_iterations=10",
+        "rollout.mode=asynchronous",
+        "rollout.collector_timeout_s=30",
+        "checkpoint.interval=2",
+        "replay.capacity=5120",
+    ]
+    collectors = {name: processes.start(name, "collect", *arguments, "--name", name) for name in ("one", "two")}
+    trainer = processes.start("trainer", "train", *arguments)
+    wait_for_iterations(run, 2, trainer)
+    os.killpg(collectors["one"].pid, signal.SIGKILL)
+    wait_for_iterations(run, 5, trainer)
+    os.killpg(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    processes.start("one again", "collect", *arguments, "--name", "one")
+    trainer = processes.start("trainer again", "train", *arguments)
+    assert trainer.wait(1800.0) == 0, processes.log("trainer again")
+    assert collectors["two"].wait(120.0) == 0
+    assert "stopped by finished" in processes.log("two")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 10
+    assert summary["accuracy_after"] - summary["accuracy_before"] >= 0.10
+    check_replay(run, num_blocks=10, size=128)

@@ -1,0 +1,204 @@
+"""A server fails: no response is lost, no version is mixed up, and one line of the log has the cause."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from reval_mcore.architecture import read_spec
+from reval_mcore.records import VersionSpan
+from reval_mcore.rollout.engine import EngineError, GenerationResponse, SamplingParams
+from reval_mcore.rollout.sglang import SGLangEngine
+from reval_mcore.rollout.weight_broadcast import BroadcastSync
+from reval_mcore.rollout.weight_sync import DiskSync, WeightSync
+from tests.builders import save_like, source_tensors
+from tests.rollout_contract import EngineModel, check_logprobs, requests
+from tests.sglang.conftest import Servers, skip_without_sglang
+from tests.sglang.faulty_proxy import FaultyProxy, Reply
+from tests.sglang.servers import API_KEY, ServerProcess
+
+Connect = Callable[..., SGLangEngine]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineModel:
+    return EngineModel(
+        hf_path=save_like(tiny_model, tmp_path_factory.mktemp("model"), seed=0),
+        other=save_like(tiny_model, tmp_path_factory.mktemp("other"), seed=1),
+        vocabulary=read_spec(tiny_model).vocab_size,
+        sampling=SamplingParams(max_response_tokens=40, stop_token_ids=(7,)),
+    )
+
+
+@pytest.fixture
+def proxies(servers: Servers) -> Iterator[list[FaultyProxy]]:
+    """One before each of the two servers."""
+    with ExitStack() as stack:
+        made = [FaultyProxy(url) for url in servers(2)]
+        for proxy in made:
+            stack.callback(proxy.close)
+        yield made
+
+
+@pytest.fixture
+def connect(model: EngineModel, tmp_path: Path) -> Iterator[Connect]:
+    with ExitStack() as stack:
+
+        def make(urls: list[str], sync: WeightSync | None = None, **settings: float) -> SGLangEngine:
+            settings = {"control_timeout_s": 20.0, "patience_s": 60.0, **settings}
+            sync = sync or DiskSync(
+                tmp_path / "weights",
+                companions=model.hf_path,
+                timeout_s=60.0,
+                control_timeout_s=settings["control_timeout_s"],
+            )
+            engine = SGLangEngine(
+                urls,
+                sync,
+                vocab_size=model.vocabulary,
+                api_key=API_KEY,
+                **settings,  # pyright: ignore[reportArgumentType]
+            )
+            stack.callback(engine.close)
+            return engine
+
+        yield make
+
+
+def whole(model: EngineModel, responses: list[GenerationResponse], version: int, hf_path: Path | None = None) -> None:
+    """All there, all of these weights."""
+    check_logprobs(hf_path or model.hf_path, requests(model, len(responses)), responses)
+    for response in responses:
+        length = len(response.token_ids)
+        assert length == model.sampling.max_response_tokens or response.token_ids[-1] == 7
+        assert response.version_spans == (VersionSpan(version, 0, length),)
+
+
+def during_generation(engine: SGLangEngine, model: EngineModel, act: Callable[[], None]) -> list[GenerationResponse]:
+    """`act` while responses are being made."""
+    responses: list[GenerationResponse] = []
+    thread = threading.Thread(target=lambda: responses.extend(engine.generate(requests(model, 48), model.sampling)))
+    thread.start()
+    time.sleep(0.5)
+    act()
+    thread.join(240.0)
+    assert len(responses) == 48
+    return responses
+
+
+def test_a_server_that_answers_500_is_replaced_by_another(
+    connect: Connect, proxies: list[FaultyProxy], model: EngineModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = connect([proxy.url for proxy in proxies])
+    engine.update_weights(source_tensors(model.hf_path).items, version=3)
+    proxies[0].fault = lambda route: Reply(500, '{"error": "out of order"}') if route == "/generate" else None
+    with caplog.at_level(logging.WARNING, "reval_mcore"):
+        whole(model, engine.generate(requests(model, 16), model.sampling), version=3)
+    lines = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
+    assert lines == [f"server lost: {proxies[0].url}/generate: HTTP 500: out of order"]
+
+
+def test_a_port_that_is_cut_while_responses_are_made(
+    connect: Connect, proxies: list[FaultyProxy], model: EngineModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = connect([proxy.url for proxy in proxies])
+    engine.update_weights(source_tensors(model.hf_path).items, version=3)
+    with caplog.at_level(logging.WARNING, "reval_mcore"):
+        whole(model, during_generation(engine, model, proxies[0].cut), version=3)
+    assert sum("server lost" in record.getMessage() for record in caplog.records) == 1
+    # it misses a version, and comes back with it
+    engine.update_weights(source_tensors(model.other).items, version=4)
+    proxies[0].mend()
+    proxies[1].cut()
+    whole(model, engine.generate(requests(model, 8), model.sampling), version=4, hf_path=model.other)
+
+
+def test_a_server_that_accepts_and_never_answers(
+    connect: Connect, proxies: list[FaultyProxy], model: EngineModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = connect([proxy.url for proxy in proxies], control_timeout_s=4.0)
+    engine.update_weights(source_tensors(model.hf_path).items, version=3)
+
+    def freeze() -> None:
+        proxies[0].fault = lambda route: "hang"
+
+    with caplog.at_level(logging.WARNING, "reval_mcore"):
+        whole(model, during_generation(engine, model, freeze), version=3)
+    engine.update_weights(source_tensors(model.other).items, version=4)  # held up by 4 s, not by its own deadline
+    whole(model, engine.generate(requests(model, 4), model.sampling), version=4, hf_path=model.other)
+
+
+@pytest.mark.parametrize("way", ["disk", "distributed"])
+def test_a_refused_update_is_that_servers_loss(
+    connect: Connect, proxies: list[FaultyProxy], model: EngineModel, tmp_path: Path, way: str
+) -> None:
+    sync: WeightSync = BroadcastSync(backend="gloo", timeout_s=60.0)
+    if way == "disk":
+        sync = DiskSync(tmp_path / "w", companions=model.hf_path, timeout_s=60.0)
+    engine = connect([proxy.url for proxy in proxies], sync)
+    engine.update_weights(source_tensors(model.hf_path).items, version=3)
+    refused: list[str] = []
+
+    def refuse(route: str) -> Reply | None:
+        """The first two tries."""
+        if route.startswith("/update_weights_from") and len(refused) < 2:
+            refused.append(route)
+            return Reply(400, '{"success": false, "message": "not now"}')
+        return None
+
+    proxies[0].fault = refuse
+    start = time.monotonic()
+    engine.update_weights(source_tensors(model.other).items, version=4)
+    assert refused
+    assert time.monotonic() - start < 120.0  # nobody waits in a collective for what was refused
+    whole(model, engine.generate(requests(model, 16), model.sampling), version=4, hf_path=model.other)
+
+
+def test_the_last_server_goes_and_the_engine_says_why(
+    connect: Connect, proxies: list[FaultyProxy], model: EngineModel
+) -> None:
+    engine = connect([proxies[0].url], patience_s=3.0)
+    engine.update_weights(source_tensors(model.hf_path).items, version=3)
+    proxies[0].cut()
+    with pytest.raises(EngineError, match=f"no server for . s: {proxies[0].url}: no connection"):
+        engine.generate(requests(model, 4), model.sampling)
+
+
+@pytest.mark.timeout(900)
+def test_a_server_is_killed_while_it_works_and_while_it_is_updated(
+    connect: Connect, servers: Servers, model: EngineModel, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A real one, by SIGKILL. Started again, it is brought up to date before it is asked."""
+    skip_without_sglang()
+    victim = ServerProcess(tiny_model, tmp_path / "victim.log")
+    try:
+        victim.wait_until_ready()
+        engine = connect(
+            [victim.url, *servers(1)], BroadcastSync(backend="gloo", timeout_s=30.0, max_bucket_bytes=50_000)
+        )
+        engine.update_weights(source_tensors(model.hf_path).items, version=3)
+
+        def weights() -> Iterator[tuple[str, object]]:
+            for number, item in enumerate(source_tensors(model.other).items()):
+                if number == 12:  # half of the buckets are there
+                    victim.kill()
+                yield item
+
+        engine.update_weights(weights, version=4)  # pyright: ignore[reportArgumentType]
+        whole(model, engine.generate(requests(model, 16), model.sampling), version=4, hf_path=model.other)
+
+        victim = ServerProcess(tiny_model, tmp_path / "again.log", port=victim.port)
+        victim.wait_until_ready()
+        engine = connect([victim.url, *servers(1)])
+        engine.update_weights(source_tensors(model.hf_path).items, version=5)
+        whole(model, during_generation(engine, model, lambda: victim.signal(signal.SIGKILL)), version=5)
+    finally:
+        victim.kill()
+    assert victim.processes() == []
