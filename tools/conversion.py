@@ -56,6 +56,16 @@ def run(name: str, parser: argparse.ArgumentParser, execute: Callable[[argparse.
     return 2
 
 
+def check_inputs(hf: Path | None, arguments: argparse.Namespace) -> None:
+    """Raises ValueError where what is given is not there, before anything is converted."""
+    if hf is not None and not hf.is_dir():
+        raise ValueError(f"--hf {hf}: there is no such directory; check the path")
+    if arguments.prompts is not None and not arguments.prompts.is_file():
+        raise ValueError(f"--prompts {arguments.prompts}: there is no such file; check the path")
+    if arguments.prompts is not None and not arguments.verify:
+        raise ValueError("--prompts: is for --verify; add that, or leave it out")
+
+
 def _quiet_libraries() -> None:
     """Progress bars and warnings of libraries about their own internals: nobody who converts can act on them."""
     import warnings

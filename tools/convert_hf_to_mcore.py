@@ -13,12 +13,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.conversion import add_common, progress, run, verify
+from tools.conversion import add_common, check_inputs, progress, run, verify
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     from reval_mcore.conversion.to_mcore import convert_to_mcore, num_bytes
 
+    check_inputs(arguments.hf, arguments)
     total = num_bytes(arguments.hf, arguments.dtype)
     with progress("convert", total) as advance:
         convert_to_mcore(arguments.hf, arguments.out, dtype=arguments.dtype, on_progress=advance)

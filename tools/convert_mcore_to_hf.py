@@ -13,13 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.conversion import add_common, progress, run, verify
+from tools.conversion import add_common, check_inputs, progress, run, verify
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     from reval_mcore.conversion.sources import find_checkpoint
     from reval_mcore.conversion.to_hf import convert_to_hf, num_bytes
 
+    check_inputs(arguments.hf, arguments)
     source = find_checkpoint(arguments.checkpoint, arguments.hf)
     with progress("convert", num_bytes(source, arguments.dtype)) as advance:
         convert_to_hf(

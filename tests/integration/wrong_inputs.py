@@ -247,6 +247,9 @@ MODEL: Mapping[str, Case] = {
     "model_generation_config_of_a_wrong_type": case(
         train(), file("model/generation_config.json", '{"eos_token_id": "<|im_end|>"}')
     ),
+    "model_field_unknown": case(train(), config_json(rope_interleave=True)),
+    "model_checkpoint_missing": case(train("model.checkpoint=convertd")),
+    "model_checkpoint_is_none": case(train("model.checkpoint=prompts")),
     "weights_missing": case(train(), without("model/model.safetensors")),
     "weights_unreadable": case(train(), locked("model/model.safetensors")),
     "weights_of_another_shape": case(

@@ -336,3 +336,28 @@ def test_a_wrong_checkpoint_is_refused_by_file_and_tensor(
     for words in named:
         assert words in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--hf", "{}/nothing"), "--hf {}/nothing: there is no such directory; check the path"),
+        (("--hf", "{}/hf", "--prompts", "{}/x", "--verify"), "--prompts {}/x: there is no such file; check the path"),
+        (("--hf", "{}/hf", "--prompts", "{}/hf/config.json"), "--prompts: is for --verify; add that, or leave it out"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_done(
+    arguments: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tools import convert_hf_to_mcore
+
+    save_qwen2(tmp_path / "hf")
+    given = [each.format(tmp_path) for each in arguments]
+    monkeypatch.setattr("sys.argv", ["convert_hf_to_mcore", *given, "--out", str(tmp_path / "out")])
+    assert convert_hf_to_mcore.main() == 2
+    assert capsys.readouterr().err.endswith(f"convert_hf_to_mcore: {told.format(tmp_path)}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
