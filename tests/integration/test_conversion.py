@@ -74,9 +74,8 @@ def test_killed_at_random_moments_both_tools_end_with_the_same_files(hf: Path, t
         for _ in range(_NUM_KILLS):
             process = start(tool, *source, "--out", str(out))
             kill_within(process, tmp_path / f".{kind}.converting" / "progress.jsonl", stream)
-            if process.returncode == 0:  # it was faster
+            if out.exists():  # it was faster: what is there is whole, see below
                 break
-            assert not out.exists()
         if not out.exists():
             finish(start(tool, *source, "--out", str(out)))
         assert contents(out) == contents(whole)
