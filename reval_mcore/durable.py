@@ -14,7 +14,7 @@ from typing import Any
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, a full quota and a limit on files say
 
 
-def _not_written(path: object, error: OSError) -> OSError:
+def not_written(path: object, error: OSError) -> OSError:
     """The same error with the file in it: writing through a descriptor leaves the name out."""
     return OSError(error.errno, f"not written: {error.strerror or error}", str(path))
 
@@ -39,11 +39,12 @@ def make_directory(path: Path) -> None:
 
 
 def crc32(path: Path) -> int:
-    """CRC32 of a whole file, read in pieces."""
+    """CRC32 of a whole file, read in pieces into one buffer: fresh memory for each costs more than reading it."""
     value = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 24):
-            value = zlib.crc32(piece, value)
+    piece = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(piece):
+            value = zlib.crc32(piece[:num_bytes], value)
     return value
 
 
@@ -61,6 +62,13 @@ def raise_if_full(directory: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """To an unbuffered file, which takes what it can at a time: 2 GiB, or what a disk that fills up has room for."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 def append(file: FileIO, data: bytes, *, sync: bool = False) -> None:
     """Write all of `data` at the end of `file`, or nothing; with `sync`, all of it on the disk.
 
@@ -69,14 +77,12 @@ def append(file: FileIO, data: bytes, *, sync: bool = False) -> None:
     """
     size = os.fstat(file.fileno()).st_size
     try:
-        rest = memoryview(data)
-        while rest:  # a disk that fills up takes the first part
-            rest = rest[file.write(rest) :]
+        write_all(file, data)
         if sync:
             os.fsync(file.fileno())
     except OSError as error:
         file.truncate(size)
-        raise _not_written(file.name, error) from error
+        raise not_written(file.name, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
         fsync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.conversion.sources import CheckpointSource
 from reval_mcore.conversion.tensors import OnProgress, nothing_to_tell
-from reval_mcore.conversion.to_hf import Which, open_checkpoint, read_parameter
+from reval_mcore.conversion.to_hf import Which, open_checkpoint, read_chunk
 from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.hf_mapping import FINAL_NORM, checkpoint_parameters, hf_shapes
+from reval_mcore.mcore.weight_checkpoint import plan_chunks
 from reval_mcore.mcore.weight_files import SAFETENSORS_DTYPES
 
 
@@ -50,8 +52,10 @@ class CheckpointWeights:
         self.dtype = self._checkpoint.dtype(FINAL_NORM)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for parameter in checkpoint_parameters(self.spec):
-            yield from read_parameter(self._checkpoint, parameter, self.spec).items()
+        for _, chunks in itertools.groupby(plan_chunks(self.spec), key=lambda chunk: chunk.hf):
+            parts = [read_chunk(self._checkpoint, chunk, self.spec) for chunk in chunks]
+            for name, first in parts[0].items():
+                yield name, first if len(parts) == 1 else torch.cat([part[name] for part in parts])
 
 
 def num_elements(spec: ModelSpec) -> int:

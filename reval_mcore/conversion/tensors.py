@@ -26,5 +26,10 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, without what else lies in the memory that a view is of; nothing is copied."""
+    return torch.frombuffer(raw_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
+
+
 def nothing_to_tell(num_bytes: int, name: str) -> None:
     """An `OnProgress` for callers who do not watch."""

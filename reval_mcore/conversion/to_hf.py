@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.conversion.companions import copy_companions
 from reval_mcore.conversion.sources import CheckpointSource
 from reval_mcore.conversion.staging import Staging, staged
-from reval_mcore.conversion.tensors import DtypeName, OnProgress, dtype_name, dtype_named, nothing_to_tell
-from reval_mcore.durable import crc32, fsync, raise_if_full
-from reval_mcore.mcore.hf_mapping import FINAL_NORM, CheckpointParameter, checkpoint_parameters, from_shards, hf_shapes
-from reval_mcore.mcore.weight_checkpoint import WeightCheckpoint, check_checkpoint, check_files
+from reval_mcore.conversion.tensors import DtypeName, OnProgress, dtype_name, dtype_named, nothing_to_tell, raw_bytes
+from reval_mcore.durable import crc32, fsync, not_written, write_all
+from reval_mcore.mcore.hf_mapping import FINAL_NORM, from_shards, hf_shapes
+from reval_mcore.mcore.weight_checkpoint import Chunk, WeightCheckpoint, check_checkpoint, check_files, plan_chunks
+from reval_mcore.mcore.weight_files import SAFETENSORS_DTYPES
 
 Which = Literal["policy", "reference"]
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 1 << 30
 
@@ -30,8 +32,12 @@ class _Shard:
     """A safetensors file to write."""
 
     name: str
-    parameters: tuple[CheckpointParameter, ...]
+    chunks: tuple[Chunk, ...]
     num_bytes: int
+
+    def tensors(self) -> list[str]:
+        """In their order in the file."""
+        return list(dict.fromkeys(name for chunk in self.chunks for name in chunk.hf))
 
 
 def convert_to_hf(
@@ -45,7 +51,7 @@ def convert_to_hf(
 ) -> None:
     """Convert; `on_progress` is told of bytes of the result.
 
-    Holds one file of `max_shard_bytes` at a time, or one parameter where that is larger. Raises ValueError that names
+    Holds one parameter of a layer, or some rows of a table, at a time. Raises ValueError that names
     file and tensor where something does not fit, and OSError where a disk is at fault; nothing is published then.
     """
     spec = read_spec(source.hf)
@@ -54,7 +60,7 @@ def convert_to_hf(
     check_files(source.weights)
     shards = _plan(spec, target, max_shard_bytes)
     made_from = {
-        "conversion": "mcore_to_hf 1",
+        "conversion": "mcore_to_hf 2",
         "which": which,
         "dtype": dtype_name(target),
         "config_crc32": crc32(source.hf / "config.json"),
@@ -65,7 +71,7 @@ def convert_to_hf(
         done = {part["file"] for part in staging.done}
         for shard in shards:
             if shard.name in done:
-                on_progress(shard.num_bytes, shard.parameters[-1].hf[-1])
+                on_progress(shard.num_bytes, shard.tensors()[-1])
             else:
                 _write_shard(checkpoint, shard, spec, target, staging, on_progress)
         copy_companions(source.hf, staging.path, dtype=dtype_name(target))
@@ -90,14 +96,14 @@ def num_bytes(source: CheckpointSource, dtype: DtypeName) -> int:
 
 def _plan(spec: ModelSpec, dtype: torch.dtype, max_shard_bytes: int) -> list[_Shard]:
     shapes = hf_shapes(spec)
-    groups: list[list[CheckpointParameter]] = [[]]
+    groups: list[list[Chunk]] = [[]]
     sizes = [0]
-    for parameter in checkpoint_parameters(spec):
+    for parameter, chunks in itertools.groupby(plan_chunks(spec), key=lambda chunk: chunk.parameter):
         num_bytes = sum(torch.Size(shapes[name]).numel() for name in parameter.hf) * dtype.itemsize
         if groups[-1] and sizes[-1] + num_bytes > max_shard_bytes:
             groups.append([])
             sizes.append(0)
-        groups[-1].append(parameter)
+        groups[-1] += chunks
         sizes[-1] += num_bytes
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
@@ -105,13 +111,14 @@ def _plan(spec: ModelSpec, dtype: torch.dtype, max_shard_bytes: int) -> list[_Sh
     return [_Shard(name, tuple(group), size) for name, group, size in zip(names, groups, sizes, strict=True)]
 
 
-def read_parameter(
-    checkpoint: WeightCheckpoint, parameter: CheckpointParameter, spec: ModelSpec
-) -> dict[str, torch.Tensor]:
-    """The HF tensors of a parameter. Raises ValueError where they cannot be read."""
-    rows = spec.vocab_size if parameter.layout == "vocabulary" else None
-    whole = checkpoint.read(parameter.key, parameter.layer, rows)
-    return dict(zip(parameter.hf, from_shards(parameter.layout, [whole], spec), strict=True))
+def read_chunk(checkpoint: WeightCheckpoint, chunk: Chunk, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Of its HF tensors, the rows that are in a chunk. Raises ValueError where they cannot be read."""
+    num_rows = chunk.num_rows
+    if chunk.parameter.layout == "vocabulary":  # without the padding
+        num_rows = max(0, min(num_rows, spec.vocab_size - chunk.first_row))
+    rows = checkpoint.read(chunk.parameter.key, chunk.parameter.layer, chunk.first_row, num_rows)
+    parts = from_shards("qkv", [rows], spec) if chunk.parameter.layout == "qkv" else [rows]
+    return dict(zip(chunk.hf, parts, strict=True))
 
 
 def _write_shard(
@@ -122,24 +129,37 @@ def _write_shard(
     staging: Staging,
     on_progress: OnProgress,
 ) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for parameter in shard.parameters:
-        for name, tensor in read_parameter(checkpoint, parameter, spec).items():
-            tensors[name] = tensor.to(dtype).contiguous()
-            on_progress(tensors[name].nbytes, name)
+    """In safetensors' format: length of a header (8 bytes), header, tensors without a gap. Its own writer wants all of
+    them in memory."""
     path = staging.path / shard.name
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # keeps the errno to itself
-        path.unlink(missing_ok=True)
-        raise_if_full(staging.path)
-        raise OSError(f"{path}: cannot be written ({error})") from error
-    fsync(path)
+    with path.open("wb", buffering=0) as file:
+        try:
+            write_all(file, _header(shard, spec, dtype))
+            for chunk in shard.chunks:
+                for name, rows in read_chunk(checkpoint, chunk, spec).items():
+                    data = raw_bytes(rows.to(dtype))
+                    write_all(file, data)
+                    on_progress(len(data), name)
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise not_written(path, error) from error
     fsync(staging.path)
     staging.note({"file": shard.name})
 
 
+def _header(shard: _Shard, spec: ModelSpec, dtype: torch.dtype) -> bytes:
+    shapes = hf_shapes(spec)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in shard.tensors():
+        start, end = end, end + torch.Size(shapes[name]).numel() * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shapes[name], "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
 def _index(shards: list[_Shard]) -> str:
-    files = {name: shard.name for shard in shards for parameter in shard.parameters for name in parameter.hf}
+    files = {name: shard.name for shard in shards for name in shard.tensors()}
     total = sum(shard.num_bytes for shard in shards)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n"

@@ -20,7 +20,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.conversion.companions import copy_companions
 from reval_mcore.conversion.staging import Staging, staged
-from reval_mcore.conversion.tensors import DtypeName, OnProgress, dtype_name, dtype_named, nothing_to_tell, raw_bytes
+from reval_mcore.conversion.tensors import (
+    DtypeName,
+    OnProgress,
+    dtype_name,
+    dtype_named,
+    nothing_to_tell,
+    own_storage,
+    raw_bytes,
+)
 from reval_mcore.durable import crc32, fsync, raise_if_full, write_json
 from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.hf_mapping import hf_shapes
@@ -42,7 +50,7 @@ def convert_to_mcore(
     reader = check_weights(hf, spec)
     target = _target_dtype(hf, reader, spec, dtype)
     source = {
-        "conversion": "hf_to_mcore 1",
+        "conversion": "hf_to_mcore 2",
         "dtype": dtype_name(target),
         "config_crc32": crc32(hf / "config.json"),
         "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in reader.files()},
@@ -130,7 +138,7 @@ def _write_weights(
 
     def tensor(chunk: Chunk) -> torch.Tensor:
         sources = [_Summed(reader[name], name, crc32s) for name in chunk.hf]
-        made = chunk.tensor(sources, spec).to(dtype)
+        made = own_storage(chunk.tensor(sources, spec).to(dtype))
         on_progress(made.nbytes, chunk.hf[0])
         return made
 
@@ -139,12 +147,11 @@ def _write_weights(
         on_progress(sum(chunk.num_elements() for chunk in chunks) * dtype.itemsize, chunks[-1].hf[0])
     try:
         for number, chunks in enumerate(files[len(staging.done) :], start=len(staging.done)):
-            results = writer.write_file(number, chunks, tensor)
+            results, file_crc32 = writer.write_file(number, chunks, tensor)
             fsync(weights)
-            name = results[0].storage_data.relative_path
             staging.note({
-                "file": name,
-                "file_crc32": crc32(weights / name),
+                "file": results[0].storage_data.relative_path,
+                "file_crc32": file_crc32,
                 "results": list(map(_as_json, results)),
                 "crc32s": crc32s,
             })  # fmt: skip

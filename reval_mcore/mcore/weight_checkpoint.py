@@ -6,12 +6,16 @@ against what megatron-core itself writes of the same model, and have megatron-co
 
 from __future__ import annotations
 
-import io
+import mmap
+import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO, RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -19,8 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.filesystem import _create_file_view, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -29,20 +32,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils.serialization import config as serialization
 
 from reval_mcore.architecture import ModelSpec
 from reval_mcore.config import read_json
-from reval_mcore.durable import crc32
+from reval_mcore.durable import crc32, write_all
 from reval_mcore.mcore.checkpoint import load
 from reval_mcore.mcore.hf_mapping import (
     CheckpointParameter,
@@ -98,7 +95,7 @@ class Chunk:
         return self.num_rows * torch.Size(self.shape[1:]).numel()
 
     def tensor(self, sources: Sequence[Source], spec: ModelSpec) -> torch.Tensor:
-        """From its HF tensors."""
+        """From its HF tensors; its storage holds nothing else."""
         match self.parameter.layout:
             case "vocabulary":
                 rows = table_rows(sources[0], self.first_row, self.first_row + self.num_rows)
@@ -129,25 +126,30 @@ def plan_chunks(spec: ModelSpec) -> Iterator[Chunk]:
 # ---------------------------------------------------------------- writing
 
 
-class _Resolver(DefaultSavePlanner):
-    """Makes what an item stands for when its turn comes."""
-
-    def __init__(self, tensors: Mapping[MetadataIndex, Callable[[], torch.Tensor]]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            nothing = io.BytesIO()
-            torch.save([None], nothing)
-            return nothing
-        return self._tensors[write_item.index]()
-
-
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> None:
         """Neither the path nor a random name: the same weights give the same files."""
         return None
+
+
+class _SummedFile(RawIOBase):
+    """A new file, with the CRC32 of what is written: summed in a thread of its own, while the disk takes the bytes."""
+
+    def __init__(self, file: FileIO, thread: Executor) -> None:
+        super().__init__()
+        self.crc32 = 0
+        self.num_bytes = 0
+        self._file = file
+        self._thread = thread
+
+    def write(self, data: memoryview) -> int:  # type: ignore[override]
+        following = self._thread.submit(zlib.crc32, data, self.crc32)
+        try:
+            write_all(self._file, data)
+        finally:
+            self.crc32 = following.result()
+        self.num_bytes += len(data)
+        return len(data)
 
 
 class WeightCheckpointWriter:
@@ -157,35 +159,42 @@ class WeightCheckpointWriter:
         self._directory = directory
         self._spec = spec
         self._properties = TensorProperties(dtype=dtype)
-        self._writer = _Writer(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
 
     def write_file(
         self, number: int, chunks: Sequence[Chunk], tensor: Callable[[Chunk], torch.Tensor]
-    ) -> list[WriteResult]:
-        """File `number` with these chunks; `tensor` is asked for one at a time, in order. Raises OSError."""
-        items, tensors = [], {}
-        for chunk in chunks:
-            size, place = chunk.location(self._spec)
-            index = MetadataIndex(chunk.parameter.key, place.offsets)
-            items.append(
-                WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(place, self._properties, size))
-            )
-            tensors[index] = lambda chunk=chunk: tensor(chunk)
-        return self._write(number, items, tensors)
+    ) -> tuple[list[WriteResult], int]:
+        """File `number` with these chunks; `tensor` is asked for one at a time, in order. Returns where they lie, and
+        the CRC32 of the file. Raises OSError."""
+        places = [chunk.location(self._spec)[1] for chunk in chunks]
+        indices = [
+            MetadataIndex(chunk.parameter.key, place.offsets) for chunk, place in zip(chunks, places, strict=True)
+        ]
+        return self._write(number, zip(indices, map(tensor, chunks), strict=True))
 
-    def _write(
-        self, number: int, items: list[WriteItem], tensors: Mapping[MetadataIndex, Callable[[], torch.Tensor]]
-    ) -> list[WriteResult]:
-        plan = SavePlan(items, storage_data=_StoragePrefix(f"__{number}_"))
-        return self._writer.write_data(plan, _Resolver(tensors)).wait()
+    def _write(self, number: int, items: Iterable[tuple[MetadataIndex, Any]]) -> tuple[list[WriteResult], int]:
+        path = self._directory / f"__{number}_0.distcp"
+        results = []
+        with (
+            path.open("wb", buffering=0) as raw,
+            ThreadPoolExecutor(1) as thread,
+            # torch never looks at its own sum, and the manifest has ours
+            serialization.patch("save.compute_crc32", False),  # pyright: ignore[reportAttributeAccessIssue]
+        ):
+            file = _SummedFile(raw, thread)
+            for index, value in items:
+                start = file.num_bytes
+                torch.save(value, cast(IO[bytes], file))
+                place = _StorageInfo(path.name, start, file.num_bytes - start)
+                results.append(WriteResult(index, place.length, place))
+            os.fsync(raw.fileno())
+        return results, file.crc32
 
     def finish(self, number: int, results: Sequence[Sequence[WriteResult]]) -> None:
         """Complete the checkpoint with file `number`, the last, and what makes one of the files. Raises OSError."""
         names = [
             f"{name}/shard_{i}_{self._spec.num_layers}" for name in _EXTRA_STATES for i in range(self._spec.num_layers)
         ]
-        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in names]
-        last = self._write(number, items, {})
+        last, _ = self._write(number, [(MetadataIndex(name), [None]) for name in names])
         entries: dict[str, Any] = {}
         for chunk in plan_chunks(self._spec):
             size, place = chunk.location(self._spec)
@@ -194,7 +203,7 @@ class WeightCheckpointWriter:
         entries |= {name: BytesStorageMetadata() for name in names}
         torch.save({}, self._directory / COMMON_STATE_FNAME)
         save_config(CheckpointingConfig("torch_dist"), str(self._directory))
-        self._writer.finish(Metadata(entries), [*map(list, results), last])
+        _Writer(self._directory).finish(Metadata(entries), [*map(list, results), last])
 
 
 # ---------------------------------------------------------------- reading
@@ -249,23 +258,6 @@ def load_checkpoint_weights(model: GPTModel, directory: Path, spec: ModelSpec) -
     assert not unknown.unexpected_keys, unknown.unexpected_keys
 
 
-class _Target(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__()
-        self._tensor = tensor
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        part = self._tensor
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(axis, start, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """It was written in place."""
-
-
 class WeightCheckpoint:
     """The tensors of a checkpoint, of any layout that wrote it. Keys are megatron-core's."""
 
@@ -273,13 +265,13 @@ class WeightCheckpoint:
         """`prefix` chooses among weights that lie beside each other, such as "reference.". Raises ValueError."""
         self.directory = directory
         self._prefix = prefix
-        self._reader = FileSystemReader(directory)
+        self._maps: dict[str, mmap.mmap] = {}
         path = directory / ".metadata"
         try:
-            metadata = self._reader.read_metadata()
+            metadata = FileSystemReader(directory).read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from None
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._places: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.entries: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -295,30 +287,56 @@ class WeightCheckpoint:
     def dtype(self, key: str) -> torch.dtype:
         return self.entries[self._prefix + key].properties.dtype
 
-    def read(self, key: str, layer: int | None, rows: int | None = None) -> torch.Tensor:
-        """All of a tensor, or its part that is of one layer; the first `rows` rows where that is given.
+    def read(self, key: str, layer: int | None, first_row: int, num_rows: int) -> torch.Tensor:
+        """Rows of a tensor, or of its part that is of one layer: a view of the file where they lie in one piece.
 
-        Raises ValueError that names file and tensor where it cannot be read.
+        Raises ValueError that names file and tensor where they cannot be read.
         """
         name = self._prefix + key
         entry = self.entries[name]
         sizes, offsets = list(entry.size), [0] * len(entry.size)
         if layer is not None:
             sizes[0], offsets[0] = 1, layer
-        if rows is not None:
-            sizes[0 if layer is None else 1] = rows
-        tensor = torch.empty(sizes, dtype=entry.properties.dtype)
+        axis = 0 if layer is None else 1
+        sizes[axis], offsets[axis] = num_rows, first_row
         place = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(name, entry, [place])
-        files = sorted({self._reader.storage_data[item.storage_index].relative_path for item in items})
         try:
-            self._reader.read_data(LoadPlan(items), _Target(tensor)).wait()
+            parts = [self._part(item) for item in items]
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            files = sorted({self._places[item.storage_index].relative_path for item in items})
             raise ValueError(
                 f"{self.directory}: {name} cannot be read from {', '.join(files)} ({str(error).splitlines()[0]}); "
                 "the checkpoint is damaged"
             ) from None
+        if len(parts) == 1 and list(parts[0].shape) == sizes:
+            tensor = parts[0]
+        else:
+            tensor = torch.empty(sizes, dtype=entry.properties.dtype)
+            for item, part in zip(items, parts, strict=True):
+                _narrowed(tensor, item.dest_offsets, item.lengths).copy_(part)
         return tensor if layer is None else tensor[0]
+
+    def _part(self, item: ReadItem) -> torch.Tensor:
+        """torch.load would copy it into fresh memory; so it only tells where the bytes lie."""
+        place = self._places[item.storage_index]
+        path = self.directory / place.relative_path
+        with path.open("rb") as file:
+            if place.relative_path not in self._maps:
+                self._maps[place.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
+            saved = torch.load(view, map_location="meta", weights_only=True)
+        storage, dtype = saved.untyped_storage(), saved.dtype
+        start, count = place.offset + storage._checkpoint_offset, storage.nbytes() // dtype.itemsize
+        flat = torch.frombuffer(self._maps[place.relative_path], dtype=dtype, offset=start, count=count)
+        whole = flat.as_strided(saved.shape, saved.stride(), saved.storage_offset())
+        return _narrowed(whole, item.storage_offsets, item.lengths)
+
+
+def _narrowed(tensor: torch.Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> torch.Tensor:
+    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor
 
 
 def check_checkpoint(checkpoint: WeightCheckpoint, spec: ModelSpec) -> None:
