@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,16 @@ class Staging:
         lines = self._lines()
         if lines and lines[0] == header:
             self.done = lines[1:]
+            self._sweep({PROGRESS, *(part["file"] for part in self.done)})
         else:
-            for entry in path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self._sweep(set())
             self._append(header)
+
+    def _sweep(self, keep: Collection[str]) -> None:
+        """Remove all files but those of these names: parts that did not count, and what libraries left of theirs."""
+        for entry in self.path.rglob("*"):
+            if entry.is_file() and entry.name not in keep:
+                entry.unlink()
 
     def _lines(self) -> list[dict[str, Any]]:
         """Whole lines: a torn one is of a part that did not count."""
@@ -57,7 +62,7 @@ class Staging:
         return [json.loads(line) for line in whole.splitlines()]
 
     def note(self, part: Mapping[str, Any]) -> None:
-        """A part is on the disk, fsynced."""
+        """A part is on the disk, fsynced; part["file"] is its name."""
         self._append(part)
         self.done.append(json.loads(json.dumps(part)))  # as it would be read: the same files, cut off or not
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from reval_mcore.durable import crc32
 from tests.builders import same_tensors, save_qwen2, source_tensors
 from tests.integration.test_train import ROOT, SMALL, paths_of, reval
 
@@ -56,8 +57,9 @@ def kill_within(process: subprocess.Popen[str], progress: Path, stream: random.R
     process.communicate()
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+def contents(directory: Path) -> dict[str, int]:
+    """CRC32 of every file."""
+    return {str(path.relative_to(directory)): crc32(path) for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.mark.timeout(900)  # a dozen processes; 60 s on a free machine
