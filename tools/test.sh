@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Every check that this machine can run:   bash tools/test.sh [pytest arguments]
 #
-# Sets up .venv with the dev extras, and SGLang for CPU (2.6 GB, once); then lint, format, import contracts, types, tests. Stops at the first that fails.
+# Sets up .venv with the dev extras, SGLang for CPU (2.6 GB, once) and megatron-bridge (150 MB, once); then lint, format,
+# import contracts, types, tests. Stops at the first that fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stage() {
     local name=$1 start=$SECONDS
     shift
-    "$@"
+    "$@" || return  # also where the caller goes on after a failure, which turns errexit off in here
     echo "test: $name passed in $((SECONDS - start)) s"
 }
 
@@ -18,6 +19,8 @@ python=.venv/bin/python
 stage "environment" bash tools/environment.sh dev
 # where it cannot be made (no room, no network), the tests on real servers are skipped and say so; CI requires them
 stage "SGLang for CPU" bash tools/sglang_cpu/install.sh || [[ ${CI:-} != true ]]
+# likewise, and the tests against megatron-bridge
+stage "megatron-bridge" bash tools/bridge_oracle/install.sh || [[ ${CI:-} != true ]]
 stage "ruff check" "$python" -m ruff check
 stage "ruff format" "$python" -m ruff format --check
 # the module has no entry point of its own, and .venv has no console scripts but reval
