@@ -204,12 +204,19 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         if found is not None:
             trainer.resume(found)
         trainer.publish_weights(trainer.progress.iteration)  # servers may hold anything
-        try:
+        with _on_record(directory.exit_record):
             yield trainer
-        except BaseException as error:  # whatever ends the run, a second Ctrl-C too, is on record before it goes on
-            with contextlib.suppress(OSError):  # a full disk may be the reason
-                write_json(directory.exit_record, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
-            raise
+
+
+@contextlib.contextmanager
+def _on_record(path: Path) -> Iterator[None]:
+    """Whatever ends the run within it, a second Ctrl-C too, is in the exit record before it goes on."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk may be the reason
+            write_json(path, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
+        raise
 
 
 class _LogFile(logging.Handler):

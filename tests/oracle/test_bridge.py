@@ -71,10 +71,11 @@ def converted_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for key in checkpoint.entries:
         match = re.fullmatch(r"decoder\.layers\.(.*)", key)
         if match is None:
-            yield key, checkpoint.read(key, None)
+            yield key, checkpoint.read(key, None, 0, checkpoint.shape(key)[0])
         else:
-            for layer in range(checkpoint.shape(key)[0]):
-                yield f"decoder.layers.{layer}.{match[1]}", checkpoint.read(key, layer)
+            num_layers, num_rows, *_ = checkpoint.shape(key)
+            for layer in range(num_layers):
+                yield f"decoder.layers.{layer}.{match[1]}", checkpoint.read(key, layer, 0, num_rows)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
