@@ -23,6 +23,7 @@ from tests.small_disk import fill
 
 PAGE = 4096  # what a tmpfs gives out at once
 _DEADLINE_S = 60.0
+_WRITER_DEADLINE_S = 20.0
 _PIPE_BYTES = 1 << 16
 
 
@@ -50,6 +51,8 @@ class _Striker:
         self._size = 0  # of the file that is to cross a page
 
     def enter(self, phase: str) -> None:
+        if phase == "collect":
+            _wait_for_writers()
         if phase != self._fault.phase:
             return
         self._num_entered += 1
@@ -69,6 +72,13 @@ class _Striker:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         else:
             fill(self._disk, leave_kb=self._fault.leave_kb)
+
+
+def _wait_for_writers() -> None:
+    """So that a checkpoint in the background is complete an iteration later, however busy the machine is."""
+    for child in multiprocessing.active_children():
+        if child.name == "checkpoint-writer":
+            child.join(_WRITER_DEADLINE_S)
 
 
 def _strike_in_phases(striker: _Striker) -> None:

@@ -180,10 +180,10 @@ def test_wherever_the_disk_is_full_the_run_stops_whole_and_goes_on_as_the_same_r
         (Fault("start", leave_kb=4), "run/"),
         (Fault("start", leave_kb=8), "run/"),
         (Fault("collect", 2, leave_kb=4), "run/replay/shards/inline000-0000-000001.parquet: replay shard of"),
+        (Fault("collect", 2, limit="replay/journal.jsonl"), "run/replay/shards/inline000-"),
         (Fault("checkpoint", 1, leave_kb=1024), "run/checkpoints/.writing_000002"),
         (Fault("weights", crossing="metrics.jsonl"), "run/metrics.jsonl: not written: No space left on device"),
         (Fault("admit", 1, limit="replay/journal.jsonl"), "run/replay/journal.jsonl: not written: File too large"),
-        (Fault("collect", 2, limit="logs/attempt_000/rank_000.log"), "run/replay/shards/inline000-"),
         (Fault("checkpoint", 2), "run/summary.json: not written: No space left on device"),
         (Fault("start"), "run/config.toml: not written: No space left on device"),
     ]
