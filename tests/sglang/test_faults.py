@@ -20,9 +20,9 @@ from reval_mcore.rollout.weight_broadcast import BroadcastSync
 from reval_mcore.rollout.weight_sync import DiskSync, WeightSync
 from tests.builders import save_like, source_tensors
 from tests.rollout_contract import EngineModel, check_logprobs, requests
-from tests.sglang.conftest import Servers, skip_without_sglang
+from tests.sglang.conftest import Servers, StartServer
 from tests.sglang.faulty_proxy import FaultyProxy, Reply
-from tests.sglang.servers import API_KEY, ServerProcess
+from tests.sglang.servers import API_KEY
 
 Connect = Callable[..., SGLangEngine]
 
@@ -173,32 +173,28 @@ def test_the_last_server_goes_and_the_engine_says_why(
 
 @pytest.mark.timeout(900)
 def test_a_server_is_killed_while_it_works_and_while_it_is_updated(
-    connect: Connect, servers: Servers, model: EngineModel, tiny_model: Path, tmp_path: Path
+    connect: Connect, servers: Servers, start_server: StartServer, model: EngineModel
 ) -> None:
     """A real one, by SIGKILL. Started again, it is brought up to date before it is asked."""
-    skip_without_sglang()
-    victim = ServerProcess(tiny_model, tmp_path / "victim.log")
-    try:
-        victim.wait_until_ready()
-        engine = connect(
-            [victim.url, *servers(1)], BroadcastSync(backend="gloo", timeout_s=30.0, max_bucket_bytes=50_000)
-        )
-        engine.update_weights(source_tensors(model.hf_path).items, version=3)
+    victim = start_server()
+    victim.wait_until_ready()
+    there = " ".join(victim.left_behind())  # what the end of the session goes by sees all
+    assert all(kind in there for kind in ("process", f"port {victim.port}", "/dev/shm/sglang_loads_"))
+    engine = connect([victim.url, *servers(1)], BroadcastSync(backend="gloo", timeout_s=30.0, max_bucket_bytes=50_000))
+    engine.update_weights(source_tensors(model.hf_path).items, version=3)
 
-        def weights() -> Iterator[tuple[str, object]]:
-            for number, item in enumerate(source_tensors(model.other).items()):
-                if number == 12:  # half of the buckets are there
-                    victim.kill()
-                yield item
+    def weights() -> Iterator[tuple[str, object]]:
+        for number, item in enumerate(source_tensors(model.other).items()):
+            if number == 12:  # half of the buckets are there
+                victim.kill()
+            yield item
 
-        engine.update_weights(weights, version=4)  # pyright: ignore[reportArgumentType]
-        whole(model, engine.generate(requests(model, 16), model.sampling), version=4, hf_path=model.other)
+    engine.update_weights(weights, version=4)  # pyright: ignore[reportArgumentType]
+    whole(model, engine.generate(requests(model, 16), model.sampling), version=4, hf_path=model.other)
+    assert victim.left_behind() == []
 
-        victim = ServerProcess(tiny_model, tmp_path / "again.log", port=victim.port)
-        victim.wait_until_ready()
-        engine = connect([victim.url, *servers(1)])
-        engine.update_weights(source_tensors(model.hf_path).items, version=5)
-        whole(model, during_generation(engine, model, lambda: victim.signal(signal.SIGKILL)), version=5)
-    finally:
-        victim.kill()
-    assert victim.processes() == []
+    victim = start_server(port=victim.port)
+    victim.wait_until_ready()
+    engine = connect([victim.url, *servers(1)])
+    engine.update_weights(source_tensors(model.hf_path).items, version=5)
+    whole(model, during_generation(engine, model, lambda: victim.signal(signal.SIGKILL)), version=5)
