@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from reval_mcore.collector import Collector
 from reval_mcore.config import Config
 from reval_mcore.control import Collection, Heart, StopSignals, read_collection
-from reval_mcore.replay.shards import ShardWriter
+from reval_mcore.replay.shards import SHARDS, ShardWriter
 from reval_mcore.rollout.sglang import SGLangEngine
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,14 @@ class CollectorProcess:
     ) -> None:
         self._config = config
         self._control = run / "control"
+        self._shards = run / "replay" / SHARDS
         self._name = name
         self._engine = engine
         self._open_writer = open_writer
         self._make_collector = make_collector
         self._stop = stop
+        self._known_attempt: str | None = None
+        self._complaint = ""  # about the control files, the last one
         self._made: dict[int, str] = {}  # shards by block, until they are admitted
         self._lock = threading.Lock()  # one writer of the heartbeat at a time
 
@@ -64,10 +68,26 @@ class CollectorProcess:
 
     def _attempt(self) -> str | None:
         """At the run: which start of its trainer. None before the first."""
+        said = self._read(WEIGHTS_OF)
+        if said is not None:
+            self._known_attempt = str(said["attempt"])
+        return self._known_attempt
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A file of the trainer's; None where it says nothing: what was known before holds."""
         try:
-            return str(json.loads((self._control / WEIGHTS_OF).read_text())["attempt"])
+            return json.loads((self._control / name).read_text())
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            self._complain(f"{self._control / name}: cannot be read: {error}")
+            return None
+
+    def _complain(self, complaint: str) -> None:
+        """Once, and not at every look."""
+        if complaint != self._complaint:
+            logger.warning("%s", complaint)
+        self._complaint = complaint
 
     def _work_for(self, attempt: str) -> None:
         """Until the trainer is started anew, or there is no more to do. What was made for an earlier start, and is
@@ -89,16 +109,24 @@ class CollectorProcess:
         self._heart.stop()
 
     def _look(self) -> Collection | None:
-        collection = read_collection(self._control)
+        """What is to be done now; None where nothing is known of it."""
+        try:
+            collection = read_collection(self._control)
+        except (OSError, ValueError) as error:
+            self._complain(str(error))
+            return None
         if collection is not None:
-            self._made = {block: name for block, name in self._made.items() if not collection.is_done(block)}
+            self._made = {
+                block: name
+                for block, name in self._made.items()
+                # the trainer removes one that it finds damaged, so that it is made again
+                if not collection.is_done(block) and (self._shards / name).exists()
+            }
         return collection
 
     def _has_finished(self) -> bool:
-        try:
-            return json.loads((self._control / "exit.json").read_text())["reason"] == "finished"
-        except FileNotFoundError:
-            return False
+        said = self._read("exit.json")
+        return said is not None and said["reason"] == "finished"
 
     def _next(self, collection: Collection | None) -> int | None:
         if collection is None:
@@ -136,7 +164,10 @@ class CollectorProcess:
     def _beat(self, *, is_draining: bool = False) -> None:
         with self._lock:
             shards: Sequence[str] = list(self._made.values())
-            self._heart.beat(num_slots=_NUM_SLOTS, shards=shards, is_draining=is_draining)
+            try:
+                self._heart.beat(num_slots=_NUM_SLOTS, shards=shards, is_draining=is_draining)
+            except OSError as error:  # a full disk: the next beat may find room
+                logger.warning("no heartbeat: %s", error)
 
     @contextlib.contextmanager
     def _beating(self) -> Iterator[None]:
@@ -145,10 +176,7 @@ class CollectorProcess:
 
         def beat() -> None:
             while not ended.wait(self._config.rollout.collector_timeout_s / 6):
-                try:
-                    self._beat()
-                except OSError as error:  # a full disk: the next beat may find room
-                    logger.warning("no heartbeat: %s", error)
+                self._beat()
 
         self._beat()
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)

@@ -45,7 +45,7 @@ class RemoteCollection:
         self._answerer = answerer
         self._ranks = ranks
         self._is_asked_to_stop = is_asked_to_stop
-        self._blocks: dict[str, int | None] = {}  # of the shards that were heard of; None: cannot be used
+        self._blocks: dict[str, int | None] = {}  # of the shards that were heard of; None: of another making
         self._keeper: LeaseKeeper | None = None
         self.restore({})
 
@@ -64,8 +64,9 @@ class RemoteCollection:
         return self._keeper
 
     def take_over(self, directory: Path, shards: Sequence[str]) -> list[str]:
-        """These were not admitted before the last checkpoint; those that hold a block are kept, to be admitted."""
-        return [name for name in shards if self._block_in(name) is not None]
+        """These were not admitted before the last checkpoint; those that hold a block which is not done are kept, to be
+        admitted. The others are of no use: blocks that were done twice, and what cannot be read."""
+        return self._ranks.share(lambda: list(self._ready(shards).values()))
 
     def collect(self, iteration: int) -> Collected | None:
         """Wait until there is a block at least; None where the run is asked to stop. Raises EngineError where nobody
@@ -91,29 +92,33 @@ class RemoteCollection:
 
     def _ready(self, announced: Sequence[str]) -> dict[int, str]:
         """A shard of each block that is there and not done; a block that was done twice is taken once."""
+        is_done = self._first.collection.is_done
         ready: dict[int, str] = {}
         for name in sorted({*announced, *self._blocks}):
             block = self._block_in(name)
-            if block is not None and not self._first.collection.is_done(block):
+            if block is not None and not is_done(block):
                 ready.setdefault(block, name)
+        heard_of = {*announced, *ready.values()}
+        self._blocks = {name: block for name, block in self._blocks.items() if name in heard_of}
         return ready
 
     def _block_in(self, name: str) -> int | None:
+        """None also where it is not to be seen yet, or was damaged; its collector makes that one again."""
         if name not in self._blocks:
             try:
-                ids = [trajectory.trajectory_id for trajectory in read_trajectories(self._shards / name)]
+                trajectories = read_trajectories(self._shards / name)
             except CorruptShardError as error:
-                logger.warning("replay shard %s cannot be used: %s", name, error)
-                ids = []
-            except FileNotFoundError:  # announced, and not to be seen yet
+                logger.warning("replay shard %s is removed, its block is collected again: %s", name, error)
+                (self._shards / name).unlink(missing_ok=True)
                 return None
-            self._blocks[name] = block_of(ids[0]) if ids else None
+            except FileNotFoundError:
+                return None
+            self._blocks[name] = block_of(trajectories[0].trajectory_id) if trajectories else None
         return self._blocks[name]
 
     def _take(self, ready: Mapping[int, str], keeper: LeaseKeeper) -> Collected:
         trajectories = [t for block in sorted(ready) for t in read_trajectories(self._shards / ready[block])]
         keeper.complete(ready)
-        self._blocks = {name: block for name, block in self._blocks.items() if block is None or block not in ready}
         size = self._config.rollout.num_responses
         samples = trajectories[::size][: self._config.logging.num_text_samples]
         return Collected(

@@ -238,6 +238,8 @@ class SGLangEngine:
         if error.status == 429:
             await asyncio.sleep(backoff_s(num_failures))
             return
+        if not member.is_fit:  # lost already, by another request: one failure and not one for each
+            return
         if isinstance(error, BrokenConnectionError):
             await self._fleet.doubt(member, error)
         else:

@@ -228,9 +228,9 @@ class BroadcastSync:
         try:
             if member.info is None:
                 member.info = await member.server.probe(self._control_timeout_s)
-            await member.server.rename_weights(UPDATING, self._control_timeout_s)
             if member.info.needs_begin_and_end:
-                await self._begin(member.server)
+                await self._begin(member.server)  # after this, requests under way have ended under their own version
+            await member.server.rename_weights(UPDATING, self._control_timeout_s)
         except ServerError as error:
             await fleet.lose(member, error)
             return False
@@ -258,10 +258,9 @@ class BroadcastSync:
 
     async def _finish(self, fleet: Fleet, members: Sequence[Member]) -> None:
         try:
-            for member in members:
-                if member.info is not None and member.info.needs_begin_and_end:
-                    await member.server.post("/end_weight_update", {}, self._timeout_s)
-            await admit_agreeing(fleet, members, self._checksums, self._timeout_s)
+            open_ones = [member for member in members if member.info is not None and member.info.needs_begin_and_end]
+            await asyncio.gather(*(m.server.post("/end_weight_update", {}, self._timeout_s) for m in open_ones))
+            await admit_agreeing(fleet, members, self._checksums, self._timeout_s, is_named=False)
         except ServerError as error:
             await self._fail(fleet, members, error)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -78,3 +78,13 @@ def remove_weights(directory: Path) -> None:
     hidden = directory.with_name(f".removing_{directory.name}")
     directory.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def sweep_weights(parent: Path, *, keep: Collection[Path]) -> None:
+    """Remove all versions but those, and what a process that was killed left half-written or half-removed."""
+    for path in parent.glob("v*"):
+        if path not in keep:
+            remove_weights(path)
+    for pattern in (".writing_v*", ".removing_v*"):
+        for path in parent.glob(pattern):
+            shutil.rmtree(path)

@@ -1,13 +1,14 @@
 """How a version of the weights gets to the servers: over files that they load, or over a process group (see
 weight_broadcast.py).
 
-Each way ends alike: the checksums that the servers tell of what they hold must agree, and only then a server is called
-by the label of the version, and is fit.
+Each way ends alike: the checksums that the servers tell of what they hold must agree, and only then a server is fit.
+It is called by the label of the version once all of it is in: with the load of whole files, or after the last bucket.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from reval_mcore.rollout.sglang_fleet import UPDATING, Fleet, Member
 from reval_mcore.rollout.sglang_server import ServerError, SGLangServer
-from reval_mcore.rollout.weight_directory import publish_weights, remove_weights
+from reval_mcore.rollout.weight_directory import publish_weights, sweep_weights
 
 if TYPE_CHECKING:
     import torch
@@ -91,23 +92,31 @@ def _num_ranks(checksums: frozenset[tuple[str, str]]) -> int:
     return len({name.split("/")[1] for name, _ in checksums})
 
 
-async def admit_agreeing(fleet: Fleet, members: Sequence[Member], checksums: Checksums, timeout_s: float) -> None:
-    """Those that hold the same are fit for `fleet.label`; the others are lost, and what they hold loses its name."""
+async def admit_agreeing(
+    fleet: Fleet, members: Sequence[Member], checksums: Checksums, timeout_s: float, *, is_named: bool
+) -> None:
+    """Those that hold the same are fit, and called by `fleet.label` if that is not so yet; the others are lost, and
+    what they hold loses its name."""
     try:
         wrong = await checksums.disagreeing([member.server for member in members], fleet.label, timeout_s)
     except ServerError as error:
         for member in members:
             await fleet.lose(member, error)
         return
-    for member in members:
+
+    async def judge(member: Member) -> None:
         try:
-            await member.server.rename_weights(UPDATING if member.url in wrong else fleet.label, timeout_s)
             if member.url in wrong:
+                await member.server.rename_weights(UPDATING, timeout_s)
                 raise ServerError(f"{member.url}: holds other weights than the other servers after the same update")
+            if not is_named:
+                await member.server.rename_weights(fleet.label, timeout_s)
         except ServerError as error:
             await fleet.lose(member, error)
         else:
             await fleet.admit(member)
+
+    await asyncio.gather(*(judge(member) for member in members))
 
 
 class FollowedWeights:
@@ -168,7 +177,7 @@ class DiskSync:
         async with fleet.updating:
             loaded = await asyncio.gather(*(self._load_or_lose(fleet, member) for member in fleet.members))
             members = [member for member, is_loaded in zip(fleet.members, loaded, strict=True) if is_loaded]
-            await admit_agreeing(fleet, members, self._checksums, self._timeout_s)
+            await admit_agreeing(fleet, members, self._checksums, self._timeout_s, is_named=True)
 
     async def _load_or_lose(self, fleet: Fleet, member: Member) -> bool:
         try:
@@ -199,10 +208,8 @@ class DiskSync:
             raise ServerError(f"{server.url}: holds other weights than the other servers after loading the same files")
 
     def _sweep(self) -> None:
-        kept = {self._newest, *(path for paths in self._may_load.values() for path in paths)}
-        for path in self._directory.glob("v*"):
-            if path not in kept:
-                remove_weights(path)
+        assert self._newest is not None
+        sweep_weights(self._directory, keep={self._newest, *itertools.chain(*self._may_load.values())})
 
     def close(self) -> None:
         """Servers may be serving what lies there; it stays."""

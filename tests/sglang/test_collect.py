@@ -17,6 +17,7 @@ import pytest
 
 from reval_mcore.replay.shards import SHARDS, read_trajectories
 from tests.sglang.conftest import Servers
+from tests.sglang.faulty_proxy import FaultyProxy
 from tests.sglang.servers import ROOT
 from tests.sglang.test_train import half_way, on_servers, settings  # noqa: F401  (a fixture)
 
@@ -122,3 +123,37 @@ def test_an_asynchronous_run_learns_though_processes_are_killed(
     assert summary["iterations"] == 10
     assert summary["accuracy_after"] - summary["accuracy_before"] >= 0.10
     check_replay(run, num_blocks=10, size=128)
+
+
+def loop_seconds(run: Path) -> float:
+    """Of all iterations but the first, which has the start of everything in it."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return sum(value for line in lines[1:] for name, value in line.items() if name.startswith("seconds/"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_collectors_hide_the_latency_of_servers(
+    servers: Servers, tiny_model: Path, tmp_path: Path, processes: Processes
+) -> None:
+    """Every request, to whichever route, takes 2 s longer: an asynchronous run takes at most 0.7 of the time."""
+    with contextlib.ExitStack() as stack:
+        proxies = [FaultyProxy(url, latency_s=2.0) for url in servers(2)]
+        for proxy in proxies:
+            stack.callback(proxy.close)
+        for mode in ("synchronous", "asynchronous"):
+            arguments = [
+                *settings(tiny_model, tiny_model, tmp_path / mode),
+                *on_servers([proxy.url for proxy in proxies], tmp_path),
+                "run.num_iterations=5",
+                "evaluation.max_prompts=16",
+                f"rollout.mode={mode}",
+            ]
+            if mode == "asynchronous":
+                for name in ("one", "two"):
+                    processes.start(name, "collect", *arguments, "--name", name)
+            trainer = processes.start(mode, "train", *arguments)
+            assert trainer.wait(400.0) == 0, processes.log(mode)
+    synchronous, asynchronous = (loop_seconds(tmp_path / mode) for mode in ("synchronous", "asynchronous"))
+    print(f"synchronous {synchronous:.1f} s, asynchronous {asynchronous:.1f} s: {asynchronous / synchronous:.3f}")
+    assert asynchronous <= 0.7 * synchronous

@@ -108,7 +108,8 @@ def test_a_server_that_answers_500_is_replaced_by_another(
 def test_a_port_that_is_cut_while_responses_are_made(
     connect: Connect, proxies: list[FaultyProxy], model: EngineModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = connect([proxy.url for proxy in proxies])
+    # less than the longest wait before a lost server is looked at again: that all of its requests fail is one failure
+    engine = connect([proxy.url for proxy in proxies], patience_s=20.0)
     engine.update_weights(source_tensors(model.hf_path).items, version=3)
     with caplog.at_level(logging.WARNING, "reval_mcore"):
         whole(model, during_generation(engine, model, proxies[0].cut), version=3)
