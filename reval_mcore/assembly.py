@@ -171,13 +171,8 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         answerer = Answerer(engine, tokenizer, verifier)
         stop = stack.enter_context(StopSignals())
         collector: Collector | RemoteCollection
-        if isinstance(engine, SGLangEngine) and config.rollout.mode == "asynchronous":
-            collector = RemoteCollection(
-                *(config, directory.control, directory.replay, train_prompts, answerer, ranks),
-                is_asked_to_stop=lambda: stop.reason is not None,
-            )
-            if ranks.is_first:
-                write_json(directory.control / WEIGHTS_OF, {"attempt": engine.attempt})
+        if config.rollout.mode == "asynchronous" and isinstance(engine, SGLangEngine):
+            collector = _expect_collectors(config, directory, train_prompts, answerer, ranks, stop, engine.attempt)
         else:
             writer = _open_writer(config, directory, tokenizer, f"inline{ranks.rank:03d}", ranks)
             collector = Collector(config, train_prompts, answerer, writer, stops, ranks)
@@ -217,6 +212,25 @@ def _on_record(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk may be the reason
             write_json(path, {"reason": "error", "error": f"{type(error).__name__}: {error}"})
         raise
+
+
+def _expect_collectors(
+    config: Config,
+    directory: RunDirectory,
+    prompts: list[Prompt],
+    answerer: Answerer,
+    ranks: Ranks,
+    stop: StopSignals,
+    attempt: str,
+) -> RemoteCollection:
+    """From now on `reval collect` processes work for this attempt at the run."""
+    collection = RemoteCollection(
+        *(config, directory.control, directory.replay, prompts, answerer, ranks),
+        is_asked_to_stop=lambda: stop.reason is not None,
+    )
+    if ranks.is_first:
+        write_json(directory.control / WEIGHTS_OF, {"attempt": attempt})
+    return collection
 
 
 class _LogFile(logging.Handler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,8 @@ class Trainer:
 
     def publish_weights(self, version: int) -> None:
         with self.clock.phase("weights"):
-            self.engine.update_weights(self.learner.export_weights, version)
+            weights = partial(self.learner.export_weights, wanted=self.engine.wants_weights)
+            self.engine.update_weights(weights, version)
 
     def reset_reference(self, version: int) -> None:
         """reference <- policy. Eager refresh sweeps the buffer now, while both are the same weights.

@@ -31,6 +31,8 @@ from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, Sa
 class EmbeddedEngine:
     """Holds its own copy of the weights; `max_batch_size` sequences are generated at a time."""
 
+    wants_weights = True
+
     def __init__(
         self, hf_path: Path, *, dtype: torch.dtype, device: torch.device, max_batch_size: int, has_weights: bool = True
     ) -> None:

@@ -54,6 +54,8 @@ class EngineError(Exception):
 class RolloutEngine(Protocol):
     """Every engine passes the same contract tests (tests/unit/rollout, tests/sglang)."""
 
+    wants_weights: bool  # this rank looks at what `update_weights` is given; where it does not, there may be none of it
+
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[GenerationResponse]:
         """One response a request, in their order; of the other requests each depends as far as rounding goes.
 

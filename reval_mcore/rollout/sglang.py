@@ -112,6 +112,7 @@ class SGLangEngine:
     ) -> None:
         self._sync = sync
         self._ranks = ranks = ranks or Ranks()
+        self.wants_weights = ranks.is_first
         self._vocab_size = vocab_size
         self._timeout_s = timeout_s
         self._control_timeout_s = control_timeout_s

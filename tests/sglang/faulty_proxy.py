@@ -28,12 +28,15 @@ def no_fault(route: str) -> None:
 
 
 class FaultyProxy:
-    """Listens on a port of its own. `fault` may be set at any time, and is asked once a request."""
+    """Listens on a port of its own. `fault` may be set at any time, and is asked once a request.
+
+    `latency_s` is added to every response of /generate.
+    """
 
     def __init__(self, url: str, *, latency_s: float = 0.0) -> None:
         parts = urlsplit(url)
         self._target = (parts.hostname, parts.port)
-        self.latency_s = latency_s
+        self._latency_s = latency_s
         self.fault: Fault = no_fault
         self.routes: list[str] = []  # as they were asked for
         self._connections: set[asyncio.StreamWriter] = set()
@@ -92,7 +95,8 @@ class FaultyProxy:
             writer.write(b"content-type: application/json\r\nconnection: close\r\n\r\n" + content)
             await writer.drain()
             return
-        await asyncio.sleep(self.latency_s)
+        if route == "/generate":
+            await asyncio.sleep(self._latency_s)
         kept = [line for line in headers if not line.lower().startswith("connection:")]
         upstream_reader, upstream = await asyncio.open_connection(*self._target)
         try:

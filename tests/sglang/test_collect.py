@@ -7,10 +7,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,46 +16,7 @@ import pytest
 from reval_mcore.replay.shards import SHARDS, read_trajectories
 from tests.sglang.conftest import Servers
 from tests.sglang.faulty_proxy import FaultyProxy
-from tests.sglang.servers import ROOT
-from tests.sglang.test_train import half_way, on_servers, settings  # noqa: F401  (a fixture)
-
-
-class Processes:
-    """Of one run; whatever is left is killed at the end."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._all: list[subprocess.Popen[bytes]] = []
-
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        with (self._directory / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "reval_mcore.cli", *arguments],
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._all.append(process)
-        return process
-
-    def log(self, name: str) -> str:
-        return (self._directory / f"{name}.log").read_text()
-
-    def kill(self) -> None:
-        for process in self._all:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    started = Processes(tmp_path)
-    try:
-        yield started
-    finally:
-        started.kill()
+from tests.sglang.runs import Processes, on_servers, reval, settings, summary_of
 
 
 def lines_of(run: Path) -> int:
@@ -93,7 +52,7 @@ def check_replay(run: Path, num_blocks: int, size: int) -> None:
 def test_an_asynchronous_run_learns_though_processes_are_killed(
     servers: Servers,
     tiny_model: Path,
-    half_way: Path,  # noqa: F811
+    half_way: Path,
     tmp_path: Path,
     processes: Processes,
 ) -> None:
@@ -119,7 +78,7 @@ def test_an_asynchronous_run_learns_though_processes_are_killed(
     assert trainer.wait(1800.0) == 0, processes.log("trainer again")
     assert collectors["two"].wait(120.0) == 0
     assert "stopped by finished" in processes.log("two")
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["iterations"] == 10
     assert summary["accuracy_after"] - summary["accuracy_before"] >= 0.10
     check_replay(run, num_blocks=10, size=128)
@@ -136,7 +95,7 @@ def loop_seconds(run: Path) -> float:
 def test_collectors_hide_the_latency_of_servers(
     servers: Servers, tiny_model: Path, tmp_path: Path, processes: Processes
 ) -> None:
-    """Every request, to whichever route, takes 2 s longer: an asynchronous run takes at most 0.7 of the time."""
+    """Every response takes 2 s longer: an asynchronous run takes at most 0.7 of the time of a synchronous one."""
     with contextlib.ExitStack() as stack:
         proxies = [FaultyProxy(url, latency_s=2.0) for url in servers(2)]
         for proxy in proxies:
@@ -150,10 +109,10 @@ def test_collectors_hide_the_latency_of_servers(
                 f"rollout.mode={mode}",
             ]
             if mode == "asynchronous":
-                for name in ("one", "two"):
-                    processes.start(name, "collect", *arguments, "--name", name)
-            trainer = processes.start(mode, "train", *arguments)
-            assert trainer.wait(400.0) == 0, processes.log(mode)
+                processes.train(*arguments, timeout_s=400.0)
+            else:
+                done = reval("train", *arguments, timeout_s=400.0)
+                assert done.returncode == 0, done.stderr
     synchronous, asynchronous = (loop_seconds(tmp_path / mode) for mode in ("synchronous", "asynchronous"))
     print(f"synchronous {synchronous:.1f} s, asynchronous {asynchronous:.1f} s: {asynchronous / synchronous:.3f}")
     assert asynchronous <= 0.7 * synchronous

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from reval_mcore.architecture import read_spec
@@ -17,9 +18,9 @@ from reval_mcore.records import VersionSpan
 from reval_mcore.rollout.engine import EngineError, GenerationResponse, SamplingParams
 from reval_mcore.rollout.sglang import SGLangEngine
 from reval_mcore.rollout.weight_broadcast import BroadcastSync
-from reval_mcore.rollout.weight_sync import DiskSync, WeightSync
+from reval_mcore.rollout.weight_sync import DiskSync, FollowedWeights, WeightSync
 from tests.builders import save_like, source_tensors
-from tests.rollout_contract import EngineModel, check_logprobs, requests
+from tests.rollout_contract import EngineModel, check_logprobs, dense_logprobs, requests
 from tests.sglang.conftest import Servers, StartServer
 from tests.sglang.faulty_proxy import FaultyProxy, Reply
 from tests.sglang.servers import API_KEY
@@ -170,6 +171,37 @@ def test_the_last_server_goes_and_the_engine_says_why(
     proxies[0].cut()
     with pytest.raises(EngineError, match=f"no server for . s: {proxies[0].url}: no connection"):
         engine.generate(requests(model, 4), model.sampling)
+
+
+@pytest.mark.parametrize("way", ["disk", "distributed"])
+def test_responses_made_during_an_update_name_the_weights_that_made_them(
+    connect: Connect, servers: Servers, model: EngineModel, tmp_path: Path, way: str
+) -> None:
+    """As a collector has them while a trainer brings new weights: each span is of its version, and none is lost."""
+    sync: WeightSync = BroadcastSync(backend="gloo", timeout_s=60.0, max_bucket_bytes=100_000)
+    if way == "disk":
+        sync = DiskSync(tmp_path / "w", companions=model.hf_path, timeout_s=60.0)
+    trainer = connect(servers(2), sync)
+    collector = connect(servers(2), FollowedWeights(), max_concurrent_requests=12)
+    collector.follow(trainer.attempt)
+    trainer.update_weights(source_tensors(model.hf_path).items, version=3)
+    batch, responses = requests(model, 96), list[GenerationResponse]()
+    thread = threading.Thread(target=lambda: responses.extend(collector.generate(batch, model.sampling)))
+    thread.start()
+    time.sleep(1.0)
+    trainer.update_weights(source_tensors(model.other).items, version=4)
+    thread.join(200.0)
+    weights, seen = {3: model.hf_path, 4: model.other}, set[int]()
+    for request, response in zip(batch, responses, strict=True):
+        ends = [span.end for span in response.version_spans]
+        assert [span.start for span in response.version_spans] == [0, *ends[:-1]]
+        assert ends[-1] == len(response.token_ids)
+        for span in response.version_spans:
+            part = slice(span.start, span.end)
+            expected = dense_logprobs(weights[span.version], request, response.token_ids)[part]
+            np.testing.assert_allclose(response.logprobs[part], expected, atol=1e-4)
+            seen.add(span.version)
+    assert seen == {3, 4}
 
 
 @pytest.mark.timeout(900)

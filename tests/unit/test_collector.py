@@ -40,6 +40,8 @@ class ByteTokenizer:
 
 
 class ScriptedEngine:
+    wants_weights = False
+
     def __init__(self) -> None:
         self.seeds: list[int] = []
 

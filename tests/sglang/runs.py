@@ -1,0 +1,81 @@
+"""Runs of `reval` on the demo's task, in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.sglang.servers import API_KEY, ROOT
+
+_REVAL = (sys.executable, "-m", "reval_mcore.cli")
+
+
+def reval(*arguments: str, timeout_s: float = 1200.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*_REVAL, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def settings(tiny_model: Path, hf_path: Path, run: Path) -> list[str]:
+    prompts = tiny_model / "prompts"
+    return [
+        "configs/demo.toml",
+        f"model.hf_path={hf_path}",
+        f"prompts.train={prompts}/train.jsonl",
+        f"prompts.held_out={prompts}/held_out.jsonl",
+        f"run.directory={run}",
+        "optimizer.lr=3e-4",  # three times the demo's: 15 iterations must do
+        "evaluation.interval='never'",
+        "evaluation.max_prompts=256",
+        "evaluation.greedy=false",
+        "logging.tensorboard=false",
+    ]
+
+
+def on_servers(urls: list[str], directory: Path) -> tuple[str, ...]:
+    key = directory / "key"
+    key.write_text(f"{API_KEY}\n")
+    return ("rollout.engine=sglang", f"rollout.servers={json.dumps(urls)}", f"rollout.api_key_file={key}")
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+class Processes:
+    """Of one run; whatever is left is killed at the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._all: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self._directory / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*_REVAL, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._all.append(process)
+        return process
+
+    def log(self, name: str) -> str:
+        return (self._directory / f"{name}.log").read_text()
+
+    def train(self, *arguments: str, timeout_s: float = 1200.0) -> None:
+        """With two collectors beside it; all of them end well."""
+        collectors = {name: self.start(name, "collect", *arguments, "--name", name) for name in ("one", "two")}
+        trainer = self.start("trainer", "train", *arguments)
+        assert trainer.wait(timeout_s) == 0, self.log("trainer")
+        for name, collector in collectors.items():
+            assert collector.wait(120.0) == 0, self.log(name)
+
+    def kill(self) -> None:
+        for process in self._all:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
