@@ -1,7 +1,8 @@
 """Collection by other processes, as the trainer sees it: who may begin what, what is there, and when it is enough.
 
 One block of the prompt order is the prompts of one iteration, and one shard. Collectors run ahead of the trainer by at
-most `rollout.max_versions_behind` blocks; an iteration takes all blocks that are there, and waits for one.
+most `rollout.max_versions_behind` blocks. An iteration takes one block, the first that is there: were it to take all,
+the collectors would have lost their lead for good.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class RemoteCollection:
         return self._ranks.share(lambda: list(self._ready(shards).values()))
 
     def collect(self, iteration: int) -> Collected | None:
-        """Wait until there is a block at least; None where the run is asked to stop. Raises EngineError where nobody
-        collects for `rollout.server_patience_s`."""
+        """Wait for a block; None where the run is asked to stop. Raises EngineError where nobody collects for
+        `rollout.server_patience_s`."""
         return self._ranks.share(lambda: self._wait(iteration))
 
     def _wait(self, iteration: int) -> Collected | None:
@@ -84,7 +85,7 @@ class RemoteCollection:
                 heard = time.monotonic()
             ready = self._ready([name for heart in hearts for name in heart.shards])
             if ready:
-                return self._take(ready, keeper)
+                return self._take(min(ready), ready[min(ready)])
             if time.monotonic() - heard > rollout.server_patience_s:
                 raise EngineError(f"nobody collects for {rollout.server_patience_s:g} s; start reval collect CONFIG")
             time.sleep(_POLL_S)
@@ -116,13 +117,13 @@ class RemoteCollection:
             self._blocks[name] = block_of(trajectories[0].trajectory_id) if trajectories else None
         return self._blocks[name]
 
-    def _take(self, ready: Mapping[int, str], keeper: LeaseKeeper) -> Collected:
-        trajectories = [t for block in sorted(ready) for t in read_trajectories(self._shards / ready[block])]
-        keeper.complete(ready)
+    def _take(self, block: int, shard: str) -> Collected:
+        trajectories = read_trajectories(self._shards / shard)
+        self._first.complete([block])
         size = self._config.rollout.num_responses
         samples = trajectories[::size][: self._config.logging.num_text_samples]
         return Collected(
-            shards=tuple(ready[block] for block in sorted(ready)),
+            shards=(shard,),
             metrics=response_metrics(outcomes_of(trajectories)),
             samples=as_text(self._answerer, self._prompts, samples),
         )

@@ -26,8 +26,8 @@ from reval_mcore.rollout.engine import (
     SamplingParams,
     WeightSource,
 )
-from reval_mcore.rollout.sglang_fleet import Fleet, Member, backoff_s
-from reval_mcore.rollout.sglang_server import BrokenConnectionError, ServerError, SGLangServer
+from reval_mcore.rollout.sglang_fleet import UPDATING, Fleet, Member, backoff_s
+from reval_mcore.rollout.sglang_server import BrokenConnectionError, NoWeightsError, ServerError, SGLangServer
 from reval_mcore.rollout.weight_sync import WeightSync, label_of, version_of
 
 logger = logging.getLogger(__name__)
@@ -383,6 +383,8 @@ def _read(reply: Mapping[str, Any], url: str, attempt: str) -> tuple[list[int], 
     spans, end = [], 0
     for label, start, stop in told:
         version = version_of(attempt, label)
+        if label == UPDATING:
+            raise NoWeightsError(f"{url}: answered in the middle of an update")
         if version is None or start != end:
             raise ServerError(f"{url}: answered by weights that are none of this run's: {told}")
         spans.append(VersionSpan(version, start, stop))

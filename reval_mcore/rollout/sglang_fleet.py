@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from reval_mcore.rollout.engine import EngineError
-from reval_mcore.rollout.sglang_server import ServerError, ServerInfo, SGLangServer
+from reval_mcore.rollout.sglang_server import NoWeightsError, ServerError, ServerInfo, SGLangServer
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Member:
     server: SGLangServer
     info: ServerInfo | None = None
     is_fit: bool = False
+    is_missed: bool = False  # the log has why it was lost, and is to have when it is back
     reason: str = "has no weights yet"  # why it is not fit
     num_running: int = 0  # requests of this engine
     num_failures: int = 0  # in a row
@@ -108,12 +109,17 @@ class Fleet:
 
     # ------------------------------------------------------------ fitness
 
-    async def lose(self, member: Member, error: ServerError | str) -> None:
-        """It failed: ask it no more until it has shown itself again. One line in the log, the first time."""
-        member.num_failures += 1
-        member.retry_at = time.monotonic() + backoff_s(member.num_failures)
-        if member.is_fit:
-            logger.warning("server lost: %s", error)
+    async def lose(self, member: Member, error: ServerError) -> None:
+        """It failed: ask it no more until it has shown itself again. One line in the log, the first time; none where it
+        only waits for weights."""
+        if isinstance(error, NoWeightsError):
+            member.retry_at = time.monotonic() + _FIRST_WAIT_S
+        else:
+            member.num_failures += 1
+            member.retry_at = time.monotonic() + backoff_s(member.num_failures)
+            if not member.is_missed:
+                logger.warning("server lost: %s", error)
+            member.is_missed = True
         member.is_fit, member.reason = False, str(error)
         member.lost.set()
         async with self._changed:
@@ -130,9 +136,9 @@ class Fleet:
 
     async def admit(self, member: Member) -> None:
         """It serves the wanted weights."""
-        if not member.is_fit and member.num_failures:
+        if member.is_missed:
             logger.warning("server back: %s serves %s", member.url, self.label)
-        member.is_fit, member.reason, member.num_failures = True, "", 0
+        member.is_fit, member.is_missed, member.reason, member.num_failures = True, False, "", 0
         member.lost = asyncio.Event()
         async with self._changed:
             self._changed.notify_all()
@@ -160,6 +166,8 @@ class Fleet:
                 member.retry_at = time.monotonic() + self._timeout_s / 4
                 served = await member.server.served_weights(self._timeout_s)
                 if member.is_fit and not self.updating.locked() and not self._is_wanted(served):
+                    if served == UPDATING:
+                        raise NoWeightsError(f"{member.url}: is being updated")
                     raise ServerError(f"{member.url}: serves {served!r}, not {self.label!r}; it was restarted")
             elif (self.label or self.follows) and not self.updating.locked():
                 async with self.updating:
@@ -172,7 +180,7 @@ class Fleet:
             return
         if not self._is_wanted(await member.server.served_weights(self._timeout_s)):
             if self._restore is None:
-                raise ServerError(f"{member.url}: waits for the next version of the weights")
+                raise NoWeightsError(f"{member.url}: waits for the next version of the weights")
             await self._restore(member.server, self.label)
         await member.server.check_replies(self._timeout_s)
         await self.admit(member)

@@ -24,6 +24,10 @@ class BrokenConnectionError(ServerError):
     """The connection ended before an answer: the server is gone, or only the connection is."""
 
 
+class NoWeightsError(ServerError):
+    """It has not got the weights that are wanted, through no fault of its own: they are still to be brought."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What a server says about itself."""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from reval_mcore.rollout.sglang_fleet import UPDATING, Fleet, Member
-from reval_mcore.rollout.sglang_server import ServerError, SGLangServer
+from reval_mcore.rollout.sglang_server import NoWeightsError, ServerError, SGLangServer
 from reval_mcore.rollout.weight_sync import Checksums, NamedTensors, Run, admit_agreeing
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class BroadcastSync:
         return num_bytes
 
     async def restore(self, server: SGLangServer, label: str) -> None:
-        raise ServerError(f"{server.url}: waits for the next version of the weights")
+        raise NoWeightsError(f"{server.url}: waits for the next version of the weights")
 
     async def _open(self, fleet: Fleet) -> list[Member]:
         """The servers that take part, in a group with them; none where there is no such group."""
@@ -268,7 +268,7 @@ class BroadcastSync:
         logger.warning("weights %s: given up half-way: %s", fleet.label, error or "no end in time")
         self._give_up_group()
         for member in members:
-            await fleet.lose(member, f"{member.url}: has half of {fleet.label}")
+            await fleet.lose(member, NoWeightsError(f"{member.url}: has half of {fleet.label}"))
 
     def _give_up_group(self) -> None:
         if self._group is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reval_mcore.rollout.sglang_fleet import UPDATING, Fleet, Member
-from reval_mcore.rollout.sglang_server import ServerError, SGLangServer
+from reval_mcore.rollout.sglang_server import NoWeightsError, ServerError, SGLangServer
 from reval_mcore.rollout.weight_directory import publish_weights, sweep_weights
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class FollowedWeights:
         raise AssertionError("a process that only generates has no weights to send")
 
     async def restore(self, server: SGLangServer, label: str) -> None:
-        raise ServerError(f"{server.url}: waits for weights of this run")
+        raise NoWeightsError(f"{server.url}: waits for weights of this run")
 
     def close(self) -> None: ...
 

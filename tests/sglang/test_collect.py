@@ -104,8 +104,13 @@ def test_collectors_hide_the_latency_of_servers(
             arguments = [
                 *settings(tiny_model, tiny_model, tmp_path / mode),
                 *on_servers([proxy.url for proxy in proxies], tmp_path),
-                "run.num_iterations=5",
+                "run.num_iterations=8",
                 "evaluation.max_prompts=16",
+                # little to compute, as that takes the same time in both modes
+                "rollout.num_prompts=4",
+                "rollout.num_responses=4",
+                "updates.batch_size=16",
+                "updates.per_iteration=1",
                 f"rollout.mode={mode}",
             ]
             if mode == "asynchronous":

@@ -139,7 +139,12 @@ def test_a_server_that_accepts_and_never_answers(
 
 @pytest.mark.parametrize("way", ["disk", "distributed"])
 def test_a_refused_update_is_that_servers_loss(
-    connect: Connect, proxies: list[FaultyProxy], model: EngineModel, tmp_path: Path, way: str
+    connect: Connect,
+    proxies: list[FaultyProxy],
+    model: EngineModel,
+    tmp_path: Path,
+    way: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sync: WeightSync = BroadcastSync(backend="gloo", timeout_s=60.0)
     if way == "disk":
@@ -157,8 +162,10 @@ def test_a_refused_update_is_that_servers_loss(
 
     proxies[0].fault = refuse
     start = time.monotonic()
-    engine.update_weights(source_tensors(model.other).items, version=4)
+    with caplog.at_level(logging.WARNING, "reval_mcore"):
+        engine.update_weights(source_tensors(model.other).items, version=4)
     assert refused
+    assert any("HTTP 400: not now" in record.getMessage() for record in caplog.records)
     assert time.monotonic() - start < 120.0  # nobody waits in a collective for what was refused
     whole(model, engine.generate(requests(model, 16), model.sampling), version=4, hf_path=model.other)
 
@@ -175,9 +182,14 @@ def test_the_last_server_goes_and_the_engine_says_why(
 
 @pytest.mark.parametrize("way", ["disk", "distributed"])
 def test_responses_made_during_an_update_name_the_weights_that_made_them(
-    connect: Connect, servers: Servers, model: EngineModel, tmp_path: Path, way: str
+    connect: Connect,
+    servers: Servers,
+    model: EngineModel,
+    tmp_path: Path,
+    way: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As a collector has them while a trainer brings new weights: each span is of its version, and none is lost."""
+    """As a collector has them while a trainer brings new weights: each span is of its version, no server is lost."""
     sync: WeightSync = BroadcastSync(backend="gloo", timeout_s=60.0, max_bucket_bytes=100_000)
     if way == "disk":
         sync = DiskSync(tmp_path / "w", companions=model.hf_path, timeout_s=60.0)
@@ -202,6 +214,7 @@ def test_responses_made_during_an_update_name_the_weights_that_made_them(
             np.testing.assert_allclose(response.logprobs[part], expected, atol=1e-4)
             seen.add(span.version)
     assert seen == {3, 4}
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.timeout(900)

@@ -182,3 +182,11 @@ def test_of_what_is_there_already_blocks_that_are_done_are_left(site: Site) -> N
     kept = remote.take_over(site.run / "replay" / SHARDS, [*names.values(), again])
     assert kept == [names[1]]
     assert site.blocks(remote.collect(1)) == [1]
+
+
+def test_an_iteration_takes_one_block_and_leaves_the_collectors_their_lead(site: Site) -> None:
+    collector = Collector(CONFIG, PROMPTS, site.answerer, site.open_writer(), (STOP,), Ranks())
+    names = [collector.collect(block).shards[0] for block in (2, 0, 1)]
+    remote = site.remote()
+    assert sorted(remote.take_over(site.run / "replay" / SHARDS, names)) == sorted(names)
+    assert [site.blocks(remote.collect(iteration)) for iteration in range(3)] == [[0], [1], [2]]
