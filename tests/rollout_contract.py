@@ -5,6 +5,7 @@ A test module takes all of it by a subclass of `EngineContract` and fixtures `mo
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Sequence
@@ -40,11 +41,14 @@ def requests(model: EngineModel, number: int, *, iteration: int = 0) -> list[Gen
     return [GenerationRequest(p, stream_key(0, "rollout", iteration, i)) for i, p in enumerate(prompts)]
 
 
+_reference = functools.lru_cache(maxsize=4)(load_hf)  # a test compares many responses with one model
+
+
 def dense_logprobs(hf_path: Path, request: GenerationRequest, response: np.ndarray) -> np.ndarray:
     """fp64 log-softmax of one whole sequence, at temperature 1."""
     tokens = torch.tensor([*request.token_ids, *response.tolist()])
     with torch.no_grad():
-        logprobs = load_hf(hf_path)(tokens[None]).logits[0].double().log_softmax(-1)
+        logprobs = _reference(hf_path)(tokens[None]).logits[0].double().log_softmax(-1)
     first = len(request.token_ids) - 1
     return logprobs[first:-1].gather(-1, tokens[first + 1 :, None])[:, 0].numpy()
 
