@@ -8,6 +8,7 @@ that was restarted, that missed an update or has half of one cannot be taken for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -94,10 +95,10 @@ class Fleet:
                 waited = time.monotonic() - last_fit
                 if waited > self._patience_s:
                     raise EngineError(f"no server for {waited:.0f} s: {self.reasons()}")
-                try:
-                    await asyncio.wait_for(self._changed.wait(), 1.0)
-                except TimeoutError:
-                    continue
+                # not wait_for, which waits in a task of its own: cancelled, that one could keep the lock for good
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await self._changed.wait()
 
     async def release(self, member: Member) -> None:
         async with self._changed:
@@ -131,7 +132,7 @@ class Fleet:
             is_there = self._is_wanted(await member.server.served_weights(self._timeout_s))
         except ServerError:
             is_there = False
-        if not is_there:
+        if not is_there and member.is_fit:  # many requests have this doubt at a time, and it is one failure
             await self.lose(member, error)
 
     async def admit(self, member: Member) -> None:
