@@ -56,10 +56,12 @@ def reasons_of(verdicts: list[Verdict]) -> list[str]:
 
 
 def workers() -> list[psutil.Process]:
+    """Those that live. Servers of other tests may be children of this process too, with dead ones of their own."""
     return [
         child
         for child in psutil.Process().children(recursive=True)
-        if "from reval_mcore.verifiers import serve" in " ".join(child.cmdline())
+        if child.status() != psutil.STATUS_ZOMBIE
+        and "from reval_mcore.verifiers import serve" in " ".join(child.cmdline())
     ]
 
 
