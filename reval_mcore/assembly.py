@@ -21,7 +21,7 @@ from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.collector_process import WEIGHTS_OF, CollectorProcess
 from reval_mcore.config import Config, ModelConfig, read_json
-from reval_mcore.control import StopSignals
+from reval_mcore.control import StopSignals, TrainerHeart
 from reval_mcore.conversion.sources import CheckpointSource
 from reval_mcore.conversion.to_hf import convert_to_hf
 from reval_mcore.durable import append, crc32, write_json
@@ -50,7 +50,7 @@ from reval_mcore.replay.samplers import make_sampler
 from reval_mcore.replay.shards import ShardWriter, next_incarnation
 from reval_mcore.rollout.sglang import SGLangEngine
 from reval_mcore.rollout.weight_sync import FollowedWeights
-from reval_mcore.run_directory import WEIGHTS, Found, RunDirectory, read_trainer_state, versions
+from reval_mcore.run_directory import TRAINER_LOG, WEIGHTS, Found, RunDirectory, read_trainer_state, versions
 from reval_mcore.shared_replay import SharedReplay
 from reval_mcore.trainer import Trainer
 from reval_mcore.verifiers import VerifierPool
@@ -159,7 +159,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         ranks = Ranks(topology.rank, topology.world_size)
         inputs = _input_hashes(config, tokenizer)
         found = ranks.share(lambda: directory.open(config, inputs=inputs, allow_changed=allow_changed))
-        stack.enter_context(_log_to(ranks.share(directory.begin_attempt), found, ranks))
+        stack.enter_context(_log_to(ranks.share(directory.join_attempt), found, ranks))
         if config.model.has_checkpoint and found is None:
             ranks.share(lambda: check_files(find_weights(config.model.checkpoint)))
         learner = Learner(config, topology)
@@ -169,7 +169,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         verifier = stack.enter_context(VerifierPool(config.verifier))
         buffer = _open_buffer(config, directory) if ranks.is_first else None
         answerer = Answerer(engine, tokenizer, verifier)
-        stop = stack.enter_context(StopSignals())
+        stop = stack.enter_context(StopSignals(directory.stop_request if ranks.is_first else None))
         collector: Collector | RemoteCollection
         if config.rollout.mode == "asynchronous" and isinstance(engine, SGLangEngine):
             collector = _expect_collectors(config, directory, train_prompts, answerer, ranks, stop, engine.attempt)
@@ -194,6 +194,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             checkpoints=checkpoints,
             metrics=metrics,
             stop=stop,
+            heart=TrainerHeart(directory.control) if ranks.is_first else None,
             ranks=ranks,
         )
         if found is not None:
@@ -250,7 +251,7 @@ class _LogFile(logging.Handler):
 def _log_to(attempt: Path, found: Found | None, ranks: Ranks) -> Iterator[None]:
     """What this process has to say of the run goes to a file as well, tracebacks and crashes of libraries too."""
     root = logging.getLogger("reval_mcore")
-    path = attempt / f"rank_{ranks.rank:03d}.log"
+    path = attempt / f"{TRAINER_LOG}{ranks.rank:03d}.log"
     with path.open("ab", buffering=0) as file:
         handler = _LogFile(file)
         root.addHandler(handler)

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,12 +21,16 @@ logger = logging.getLogger(__name__)
 class PhaseClock:
     """Seconds spent in named phases, of this step and of the whole run."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
+        """`on_phase` is told of every phase that begins."""
+        self._on_phase = on_phase
         self.total_s: dict[str, float] = {}
         self._step_s: dict[str, float] = {}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if self._on_phase is not None:
+            self._on_phase(name)
         start = time.perf_counter()
         try:
             yield

@@ -1,7 +1,7 @@
 """The run directory: where things lie in it, and how they get there whole.
 
 config.toml   metrics.jsonl   tensorboard/   replay/   summary.json   curve.png   control/exit.json
-logs/attempt_000/             what each start of the run had to say
+logs/attempt_000/             what each start of the run had to say; logs/latest is a link to the last
 checkpoints/step_000200/      a distributed checkpoint (weights/), trainer.json, replay.npz; config.toml, inputs.json,
                               versions.json: what it was made with; manifest.json: CRC32s of all of these
 weights/v000012-<attempt>/    in HF format, for servers to load (rollout.weight_sync = "disk")
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS, TRAINER_STATE, REPLAY_STATE, MANIFEST = "weights", "trainer.json", "replay.npz", "manifest.json"
 CONFIG, INPUTS, VERSIONS = "config.toml", "inputs.json", "versions.json"
 
+TRAINER_LOG = "rank_"  # what the log of each trainer process begins with, in logs/attempt_000/
+
 _LOCK_PATIENCE_S = 2.0  # a process that was just killed may hold its lock for a moment more
 _DECIDING_PACKAGES = ("torch", "megatron-core", "transformers", "numpy")  # whose version may change a number
 
@@ -58,6 +60,7 @@ class RunDirectory:
         self.summary = path / "summary.json"
         self.control = path / "control"
         self.exit_record = self.control / "exit.json"
+        self.stop_request = self.control / "stop"  # made by whoever wants the run to stop; the reason is in it
         self.had_other_settings = path / "control" / "had_other_settings"  # a mark; stays once it is there
         self.attempts = path / "logs"
         self._lock: IO[str] | None = None
@@ -172,12 +175,25 @@ class RunDirectory:
             stale.unlink(missing_ok=True)
 
     def begin_attempt(self) -> Path:
-        """A new directory for the logs of this start."""
-        self.attempts.mkdir(exist_ok=True)
-        number = 1 + max((int(path.name.removeprefix("attempt_")) for path in self.attempts.iterdir()), default=-1)
-        path = self.attempts / f"attempt_{number:03d}"
+        """A new directory for the logs of this start; logs/latest is a link to it."""
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        path = self.attempts / f"attempt_{len(self._attempts()):03d}"
         path.mkdir()
+        link = self.attempts / ".latest"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        link.replace(self.attempts / "latest")
         return path
+
+    def join_attempt(self) -> Path:
+        """The attempt that a launcher has begun for this start of the trainer; else a new one."""
+        begun = self._attempts()
+        if begun and not any(begun[-1].glob(f"{TRAINER_LOG}*")):
+            return begun[-1]
+        return self.begin_attempt()
+
+    def _attempts(self) -> list[Path]:
+        return sorted(self.attempts.glob("attempt_*"))
 
     def cut_metrics(self, first_iteration: int) -> None:
         """Drop what an abandoned future wrote: lines of `first_iteration` and later, and a torn last line."""

@@ -12,7 +12,7 @@ import numpy as np
 from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collected, Collector
 from reval_mcore.config import Config, is_due
-from reval_mcore.control import StopSignals
+from reval_mcore.control import StopSignals, TrainerHeart
 from reval_mcore.durable import write_json
 from reval_mcore.evaluation import EvaluationResult, evaluate
 from reval_mcore.mcore.learner import Learner
@@ -64,9 +64,11 @@ class Trainer:
         checkpoints: Checkpoints,
         metrics: MetricsWriter | None,
         stop: StopSignals,
+        heart: TrainerHeart | None,
         ranks: Ranks,
     ) -> None:
-        """All ranks of a run have one, and go through it together. `metrics` is the first rank's."""
+        """All ranks of a run have one, and go through it together. `metrics` and `heart` are
+        the first rank's."""
         self.config = config
         self.learner = learner
         self.engine = engine
@@ -81,7 +83,7 @@ class Trainer:
         self.stop = stop
         self.ranks = ranks
         self.objective = make_objective(config.objective)
-        self.clock = PhaseClock()
+        self.clock = PhaseClock(None if heart is None else lambda phase: heart.beat(self.progress.iteration, phase))
         self.progress = Progress()
         self._evaluated: tuple[int, EvaluationResult] | None = None  # after which iteration, and what
 
@@ -284,6 +286,7 @@ class Trainer:
             if evaluation is not None:
                 write_json(self.directory.summary, self.summary(evaluation))
             write_json(self.directory.exit_record, record)
+            self.stop.obeyed()
         return record["reason"]
 
     def resume(self, found: Found) -> None:

@@ -6,13 +6,14 @@ Everything wrong is reported at once, each with its path, the value found and wh
 
 from reval_mcore.config.changes import Changes, changed_fields, check_fields, compare_configs, compare_inputs
 from reval_mcore.config.files import check_readable, in_words, read_json
-from reval_mcore.config.loading import dumps, load, parse
-from reval_mcore.config.problems import MISSING, ConfigError, Problem
+from reval_mcore.config.loading import dumps, load, parse, read_toml
+from reval_mcore.config.problems import MISSING, ConfigError, Problem, problem_of
 from reval_mcore.config.tree import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
     Interval,
+    LaunchConfig,
     LoggingConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "ConfigError",
     "EvaluationConfig",
     "Interval",
+    "LaunchConfig",
     "LoggingConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -61,5 +63,7 @@ __all__ = [
     "is_due",
     "load",
     "parse",
+    "problem_of",
     "read_json",
+    "read_toml",
 ]

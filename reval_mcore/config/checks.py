@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from reval_mcore.config.problems import Problem
 from reval_mcore.config.tree import (
     EvaluationConfig,
+    LaunchConfig,
     OptimizerConfig,
     ParallelConfig,
     PromptsConfig,
@@ -149,6 +150,34 @@ def _check_parallel(parallel: ParallelConfig) -> Iterator[Problem]:
         yield Problem("parallel.overlap_param_gather", True, "needs overlap_grad_reduce = true; set both, or neither")
 
 
+def _check_launch(launch: LaunchConfig, rollout: RolloutConfig) -> Iterator[Problem]:
+    number = launch.num_rollout_nodes
+    if number and rollout.engine != "sglang":
+        yield Problem(
+            "launch.num_rollout_nodes",
+            number,
+            f'they would run SGLang servers, and rollout.engine = "{rollout.engine}"; use "sglang", or give 0',
+        )
+    if number and rollout.servers:
+        yield Problem(
+            "rollout.servers",
+            list(rollout.servers),
+            "launched servers tell where they are; leave this out, or launch none",
+        )
+    if number and launch.min_rollout_nodes > number:
+        yield Problem(
+            "launch.min_rollout_nodes",
+            launch.min_rollout_nodes,
+            f"more than there are (launch.num_rollout_nodes = {number}); lower it",
+        )
+    if launch.stop_before_s >= 60 * launch.time_limit_minutes:
+        yield Problem(
+            "launch.stop_before_s",
+            launch.stop_before_s,
+            f"no less than the whole job (launch.time_limit_minutes = {launch.time_limit_minutes}); lower it",
+        )
+
+
 # each with the sections that it takes; it runs where all of them are right by themselves
 CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_group_shaping, ("reward", "rollout")),
@@ -159,6 +188,7 @@ CHECKS: Sequence[tuple[Callable[..., Iterator[Problem]], tuple[str, ...]]] = (
     (_check_pass_at_k, ("evaluation",)),
     (_check_servers, ("rollout",)),
     (_check_parallel, ("parallel",)),
+    (_check_launch, ("launch", "rollout")),
     (_check_held_out, ("prompts",)),
     (_check_system_prompt, ("prompts",)),
 )

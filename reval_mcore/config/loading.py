@@ -38,7 +38,7 @@ def parse(raw: Mapping[str, Any], source: str) -> Config:
         try:
             sections[name] = kind.model_validate(value)
         except ValidationError as error:
-            found = [problem_of(item, name) for item in error.errors(include_url=False)]
+            found = [problem_of(item, Config, name) for item in error.errors(include_url=False)]
             problems.extend({problem.path: problem for problem in found}.values())
             if isinstance(value, dict):  # a key too many does not keep the others from being checked together
                 with contextlib.suppress(ValidationError):
@@ -52,7 +52,7 @@ def parse(raw: Mapping[str, Any], source: str) -> Config:
 
 
 def _read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    raw = _parse_toml(path)
+    raw = read_toml(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
@@ -67,7 +67,8 @@ def _read_toml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(_read_toml(below, chain), raw)
 
 
-def _parse_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file as it is. Raises ValueError where it is not there, or is no TOML."""
     text = read_text(path)
     try:
         return tomllib.loads(text)

@@ -12,8 +12,6 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
-from reval_mcore.config.tree import Config
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -110,10 +108,11 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _known_keys(kind, f"{prefix}{name}.")
 
 
-def problem_of(error: Mapping[str, Any], prefix: str) -> Problem:
-    path = ".".join([prefix, *(str(part) for part in error["loc"])])
+def problem_of(error: Mapping[str, Any], tree: type[BaseModel], *prefix: str) -> Problem:
+    """One of pydantic's errors, of a part of `tree` that `prefix` leads to."""
+    path = ".".join([*prefix, *(str(part) for part in error["loc"])])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, list(_known_keys(Config)), n=1)
+        near = difflib.get_close_matches(path, list(_known_keys(tree)), n=1)
         remedy = "unknown key; " + (f"did you mean {near[0]}?" if near else "remove it")
         return Problem(path, error["input"], remedy)
     value = MISSING if error["type"] == "missing" else error["input"]

@@ -265,6 +265,33 @@ class LoggingConfig(Section):
     """Fresh trajectories an iteration whose engine log-probabilities are compared with the learner's."""
 
 
+class LaunchConfig(Section):
+    """For launchers; `reval train` itself takes the processes that it finds."""
+
+    num_trainer_nodes: PositiveInt = 1
+    """The first nodes of the allocation; each runs a trainer process a GPU, or one where there is none."""
+    num_rollout_nodes: int = Field(default=0, ge=0)
+    """The last ones; each runs SGLang servers, and a collector in asynchronous mode."""
+    min_rollout_nodes: PositiveInt = 1
+    """With fewer left the run stops at a checkpoint and is requeued, to get them back."""
+    server_tensor_parallel_size: PositiveInt = 1
+    """GPUs of one server; a rollout node runs as many servers as its GPUs make."""
+    server_arguments: Annotated[tuple[str, ...], _FROM_TOML] = ()
+    """More flags for every SGLang server of this run, for example "--mem-fraction-static" and "0.85"."""
+    time_limit_minutes: PositiveInt = 240
+    """Of one job. The run is longer: it is cut at a checkpoint and goes on in the next job."""
+    stop_before_s: PositiveInt = 600
+    """So long before the time limit a run is asked to stop: the longest iteration, an evaluation and a checkpoint."""
+    max_failures: int = Field(default=10, ge=0)
+    """How often a run may fail and be requeued, each time after a newer checkpoint."""
+    max_rollout_failures: int = Field(default=5, ge=0)
+    """How often in a row the servers or the collector of a node are started again; then it is given up."""
+    trainer_timeout_s: float = Field(default=1800.0, gt=0.0)
+    """A trainer that has come to no new phase for so long is ended and started again from its checkpoint."""
+    preflight: bool = True
+    """Look at every node before anything starts: filesystem, GPUs, clocks, disk, versions, network."""
+
+
 class Config(Section):
     run: RunConfig
     model: ModelConfig
@@ -281,3 +308,4 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    launch: LaunchConfig = LaunchConfig()

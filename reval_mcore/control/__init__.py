@@ -12,6 +12,7 @@ from reval_mcore.control.leases import (
     read_collection,
 )
 from reval_mcore.control.stop import StopSignals
+from reval_mcore.control.trainer_heart import TrainerHeart
 
 __all__ = [
     "Collection",
@@ -20,6 +21,7 @@ __all__ = [
     "Lease",
     "LeaseKeeper",
     "StopSignals",
+    "TrainerHeart",
     "block_id",
     "block_of",
     "quota_blocks",

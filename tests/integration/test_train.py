@@ -178,9 +178,9 @@ def test_a_resumed_run_is_the_same_run(tiny_model: Path, tmp_path: Path, refresh
     assert summaries[0] == summaries[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_finishes_the_iteration_saves_and_says_so(
-    tiny_model: Path, tmp_path: Path, finished: Path, number: signal.Signals
+@pytest.mark.parametrize("asking", ["SIGTERM", "SIGUSR1", "SIGINT", "a file"])
+def test_asked_to_stop_it_finishes_the_iteration_saves_and_says_so(
+    tiny_model: Path, tmp_path: Path, finished: Path, asking: str
 ) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
@@ -194,11 +194,14 @@ def test_a_signal_finishes_the_iteration_saves_and_says_so(
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
         assert any(line.startswith("[1/4]") for line in lines)
-        process.send_signal(number)
+        if asking == "a file":
+            (run / "control" / "stop").write_text(asking)
+        else:
+            process.send_signal(signal.Signals[asking])
         rest = "".join(lines)
         assert process.wait(timeout=60) == 0, rest
     exit_record = json.loads((run / "control" / "exit.json").read_text())
-    assert exit_record["reason"] == number.name
+    assert exit_record["reason"] == asking
     assert 1 <= exit_record["iteration"] < 4
     assert (run / "checkpoints" / "latest").readlink().name == f"step_{exit_record['iteration']:06d}"
     train(tiny_model, run)

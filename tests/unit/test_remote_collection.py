@@ -15,7 +15,7 @@ import pytest
 from reval_mcore.collector import Answerer, Collected, Collector
 from reval_mcore.collector_process import WEIGHTS_OF, CollectorProcess
 from reval_mcore.control import Collection, StopSignals, block_of
-from reval_mcore.durable import write_json
+from reval_mcore.durable import write_json, write_text
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Trajectory
 from reval_mcore.remote_collection import RemoteCollection
@@ -101,7 +101,7 @@ class Site:
             yield
             thread.join(30.0)
         finally:
-            self.stop.reason = "SIGTERM"
+            write_text(self.run / "control" / "stop", "the end of the test")
             thread.join(30.0)
             engine.close()
 
@@ -116,7 +116,7 @@ def site(tmp_path: Path, verifier: VerifierPool) -> Site:
     tokenizer: Any = ByteTokenizer()
     (tmp_path / "control").mkdir()
     write_json(tmp_path / "control" / WEIGHTS_OF, {"attempt": "first"})
-    return Site(tmp_path, Answerer(ScriptedEngine(), tokenizer, verifier), StopSignals())
+    return Site(tmp_path, Answerer(ScriptedEngine(), tokenizer, verifier), StopSignals(tmp_path / "control" / "stop"))
 
 
 def cut(shard: Path) -> None:

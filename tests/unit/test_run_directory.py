@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reval_mcore.config import ConfigError, load
-from reval_mcore.run_directory import RunDirectory, read_trainer_state
+from reval_mcore.run_directory import TRAINER_LOG, RunDirectory, read_trainer_state
 from tests.builders import make_config
 
 
@@ -220,3 +220,20 @@ def test_a_damaged_checkpoint_is_refused_by_file_and_the_one_before_it_offered(
     _, command = str(refused.value).split("go on from the one before it: ")
     subprocess.run(command.split(), check=True)
     assert checkpoint_found(directory) == "step_000002"
+
+
+def test_a_trainer_joins_the_attempt_that_a_launcher_has_begun(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    begun = directory.begin_attempt()  # a launcher's
+    assert begun.name == "attempt_000"
+    assert directory.join_attempt() == begun
+    (begun / f"{TRAINER_LOG}000.log").touch()
+    alone = directory.join_attempt()  # the next start, by hand
+    assert alone.name == "attempt_001"
+    assert (tmp_path / "logs" / "latest").resolve() == alone.resolve()
+    (alone / f"{TRAINER_LOG}000.log").touch()
+    assert directory.begin_attempt().name == "attempt_002"
+    assert [path.name for path in sorted((tmp_path / "logs").iterdir())] == [
+        *(f"attempt_{number:03d}" for number in range(3)),
+        "latest",
+    ]
