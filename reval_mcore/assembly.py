@@ -164,7 +164,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             ranks.share(lambda: check_files(find_weights(config.model.checkpoint)))
         learner = Learner(config, topology)
         logger.info("%s processes on %s, with %s", topology.world_size, topology.device, learner.kernels)
-        engine = make_engine(config, topology, ranks, directory.weights)
+        engine = make_engine(config, topology, ranks, directory)
         stack.callback(engine.close)
         verifier = stack.enter_context(VerifierPool(config.verifier))
         buffer = _open_buffer(config, directory) if ranks.is_first else None
@@ -305,7 +305,7 @@ def open_collector(config: Config, name: str) -> Iterator[CollectorProcess]:
     train_prompts, _ = read_prompts(config, tokenizer)
     directory, ranks = RunDirectory(config.run.directory), Ranks()
     with contextlib.ExitStack() as stack:
-        engine = connect(config, ranks, FollowedWeights())
+        engine = connect(config, ranks, FollowedWeights(), directory.control, collector=name)
         stack.callback(engine.close)
         engine.check()
         verifier = stack.enter_context(VerifierPool(config.verifier))

@@ -49,7 +49,7 @@ class CollectorProcess:
         self._make_collector = make_collector
         self._stop = stop
         self._known_attempt: str | None = None
-        self._complaint = ""  # about the control files, the last one
+        self._complaints: set[str] = set()  # about the control files
         self._made: dict[int, str] = {}  # shards by block, until they are admitted
         self._lock = threading.Lock()  # one writer of the heartbeat at a time
 
@@ -85,9 +85,9 @@ class CollectorProcess:
 
     def _complain(self, complaint: str) -> None:
         """Once, and not at every look."""
-        if complaint != self._complaint:
+        if complaint not in self._complaints:
             logger.warning("%s", complaint)
-        self._complaint = complaint
+        self._complaints.add(complaint)
 
     def _work_for(self, attempt: str) -> None:
         """Until the trainer is started anew, or there is no more to do. What was made for an earlier start, and is

@@ -115,8 +115,6 @@ def _check_system_prompt(prompts: PromptsConfig) -> Iterator[Problem]:
 
 
 def _check_servers(rollout: RolloutConfig) -> Iterator[Problem]:
-    if rollout.engine == "sglang" and not rollout.servers:
-        yield Problem("rollout.servers", [], 'rollout.engine = "sglang" needs some; give their URLs')
     if rollout.engine != "sglang" and rollout.servers:
         yield Problem(
             "rollout.servers",

@@ -120,7 +120,8 @@ class RolloutConfig(Section):
     weight_bucket_bytes: PositiveInt = 1 << 29
     """Of the weights gathered at a time on their way to the engines."""
     servers: Annotated[tuple[str, ...], _FROM_TOML] = ()
-    """URLs of the SGLang servers, for example "http://node7:30000"."""
+    """URLs of the SGLang servers, for example "http://node7:30000". Empty: those that announce themselves in
+    control/servers/ of the run directory, which may join, leave and move while the run goes on."""
     api_key_file: str = ""
     """File with the key that the servers were started with (--api-key); empty: they have none."""
     max_concurrent_requests: PositiveInt = 64

@@ -11,6 +11,7 @@ from reval_mcore.control.leases import (
     quota_blocks,
     read_collection,
 )
+from reval_mcore.control.servers import announce_server, read_servers, withdraw_server
 from reval_mcore.control.stop import StopSignals
 from reval_mcore.control.trainer_heart import TrainerHeart
 
@@ -22,8 +23,11 @@ __all__ = [
     "LeaseKeeper",
     "StopSignals",
     "TrainerHeart",
+    "announce_server",
     "block_id",
     "block_of",
     "quota_blocks",
     "read_collection",
+    "read_servers",
+    "withdraw_server",
 ]

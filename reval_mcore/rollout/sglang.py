@@ -10,15 +10,13 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 from reval_mcore.ranks import Ranks
-from reval_mcore.records import FinishReason, VersionSpan
+from reval_mcore.records import FinishReason
 from reval_mcore.rollout.engine import (
     EngineError,
     GenerationRequest,
@@ -26,8 +24,9 @@ from reval_mcore.rollout.engine import (
     SamplingParams,
     WeightSource,
 )
-from reval_mcore.rollout.sglang_fleet import UPDATING, Fleet, Member, backoff_s
-from reval_mcore.rollout.sglang_server import BrokenConnectionError, NoWeightsError, ServerError, SGLangServer
+from reval_mcore.rollout.sglang_fleet import NONE_ANNOUNCED, FindServers, Fleet, Member, backoff_s
+from reval_mcore.rollout.sglang_replies import Partial, read_reply
+from reval_mcore.rollout.sglang_server import BrokenConnectionError, NoAnswerError, ServerError, SGLangServer
 from reval_mcore.rollout.weight_sync import WeightSync, label_of, version_of
 
 logger = logging.getLogger(__name__)
@@ -37,6 +36,7 @@ T = TypeVar("T")
 _PLAIN = {"min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 _MAX_FAILURES = 6  # of one request, in a row
 _MAX_TRANSFERS = 3  # of one version
+_LOOK_AGAIN_S = 1.0  # for servers, before the first is there
 _ABORT_INTERVAL_S = 1.0  # an abort overtakes a request that is still on its way, so it is said again
 
 
@@ -63,43 +63,17 @@ class EventLoop:
         self.loop.close()
 
 
-@dataclass
-class _Partial:
-    """A response in the making."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    spans: list[VersionSpan] = field(default_factory=list)
-
-    def extend(self, tokens: Sequence[int], logprobs: Sequence[float], spans: Sequence[VersionSpan]) -> None:
-        start = len(self.tokens)
-        self.tokens += tokens
-        self.logprobs += logprobs
-        for span in spans:
-            moved = VersionSpan(span.version, start + span.start, start + span.end)
-            if self.spans and self.spans[-1].version == moved.version:
-                moved = VersionSpan(moved.version, self.spans.pop().start, moved.end)
-            self.spans.append(moved)
-
-    def response(self, finish_reason: FinishReason) -> GenerationResponse:
-        return GenerationResponse(
-            token_ids=np.array(self.tokens, np.int32),
-            logprobs=np.array(self.logprobs, np.float32),
-            finish_reason=finish_reason,
-            version_spans=tuple(self.spans),
-        )
-
-
 class SGLangEngine:
     """All ranks of a trainer have one, each generates its part; `sync` is used by the first alone.
 
+    `servers`: URLs, or a function that tells which there are now: some may join and leave at any time then.
     `vocab_size`: ids from there on kill a server, so they are refused here. `timeout_s`: of one request to /generate;
     `control_timeout_s`: of any other, updates aside. `patience_s`: how long to be without a fit server.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
+        servers: Sequence[str] | FindServers,
         sync: WeightSync,
         *,
         vocab_size: int,
@@ -116,6 +90,8 @@ class SGLangEngine:
         self._vocab_size = vocab_size
         self._timeout_s = timeout_s
         self._control_timeout_s = control_timeout_s
+        self._patience_s = patience_s
+        self._may_join = callable(servers)
         self.attempt = ranks.share(lambda: uuid.uuid4().hex[:8])  # tells this attempt's versions from any other's
         self._name = uuid.uuid4().hex[:8]
         self._is_aborting = threading.Event()
@@ -125,7 +101,8 @@ class SGLangEngine:
         self._loop = EventLoop()
         self._fleet = self._loop.run(
             self._open_fleet(
-                [SGLangServer(url, api_key) for url in urls],
+                servers if callable(servers) else lambda: servers,
+                lambda url: SGLangServer(url, api_key),
                 max_concurrent_requests=max_concurrent_requests,
                 timeout_s=control_timeout_s,
                 patience_s=patience_s,
@@ -133,8 +110,9 @@ class SGLangEngine:
             )
         )
 
-    async def _open_fleet(self, servers: Sequence[SGLangServer], **settings: Any) -> Fleet:
-        fleet = Fleet(servers, **settings)
+    async def _open_fleet(self, *arguments: Any, **settings: Any) -> Fleet:
+        fleet = Fleet(*arguments, **settings)
+        await fleet.look_around()
         self._watch = asyncio.create_task(fleet.watch())
         return fleet
 
@@ -149,21 +127,46 @@ class SGLangEngine:
             await self._fleet.want(f"weights of attempt {attempt}")
 
     def check(self) -> None:
-        """Raises ValueError where a server that answers cannot be used, or none answers."""
+        """Raises ValueError where a server that answers cannot be used, or none answers.
+
+        Of servers that may join it waits for one, `patience_s`, and the others may be as they are.
+        """
         self._loop.run(self._check())
 
     async def _check(self) -> None:
-        refusals, silences = [], []
-        for member in self._fleet.members:
-            try:
-                member.info = await member.server.probe(self._control_timeout_s)
-                await member.server.check_replies(self._control_timeout_s)
-            except ServerError as error:
-                (silences if error.status is None and member.info is None else refusals).append(str(error))
-        if refusals:
-            raise ValueError("rollout.servers: " + "; ".join(refusals))
-        if len(silences) == len(self._fleet.members):
-            raise ValueError("rollout.servers: none answers; start them first: " + "; ".join(silences))
+        deadline, is_told = time.monotonic() + self._patience_s, False
+        while True:
+            await self._fleet.look_around()
+            members = list(self._fleet.members)
+            errors = await asyncio.gather(*(self._probe(member) for member in members))
+            failed = {member.url: error for member, error in zip(members, errors, strict=True) if error is not None}
+            refusals = [str(error) for error in failed.values() if not isinstance(error, NoAnswerError)]
+            if len(failed) < len(members) and (self._may_join or not refusals):
+                for member in members:
+                    if member.url in failed:
+                        await self._fleet.lose(member, failed[member.url])
+                return
+            reasons = "; ".join(refusals or map(str, failed.values())) or NONE_ANNOUNCED
+            if not self._may_join:
+                raise ValueError(f"rollout.servers: {'' if refusals else 'none answers; start them first: '}{reasons}")
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"rollout.servers: none for {self._patience_s:g} s; start them first, or name their URLs: {reasons}"
+                )
+            if not is_told:
+                logger.warning("waiting for a server: %s", reasons)
+                is_told = True
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _probe(self, member: Member) -> ServerError | None:
+        """What keeps it from being used."""
+        try:
+            member.info = await member.server.probe(self._control_timeout_s)
+            self._fleet.hear(member)
+            await member.server.check_replies(self._control_timeout_s)
+        except ServerError as error:
+            return error
+        return None
 
     # ------------------------------------------------------------ generating
 
@@ -209,7 +212,7 @@ class SGLangEngine:
             )
 
     async def _respond(self, request: GenerationRequest, sampling: SamplingParams) -> GenerationResponse:
-        partial, avoid, num_failures = _Partial(), set[str](), 0
+        partial, avoid, num_failures = Partial(), set[str](), 0
         while not self._is_aborting.is_set():
             member = await self._fleet.acquire(avoid)
             num_before = len(partial.tokens)
@@ -247,7 +250,7 @@ class SGLangEngine:
             await self._fleet.lose(member, error)
 
     async def _ask(
-        self, member: Member, request: GenerationRequest, sampling: SamplingParams, partial: _Partial
+        self, member: Member, request: GenerationRequest, sampling: SamplingParams, partial: Partial
     ) -> FinishReason | None:
         """Have one server go on with a response; None where it is not at its end."""
         rid = f"{self._name}-{self._ranks.rank}-{next(self._numbers)}"
@@ -274,7 +277,7 @@ class SGLangEngine:
             raise
         finally:
             del self._running[rid]
-        tokens, logprobs, spans, kind = _read(reply, member.url, self.attempt)
+        tokens, logprobs, spans, kind = read_reply(reply, member.url, self.attempt)
         if len(tokens) > remaining or any(not 0 <= token < self._vocab_size for token in tokens):
             raise ServerError(f"{member.url}: answered {len(tokens)} tokens, the largest {max(tokens)}")
         partial.extend(tokens, logprobs, spans)
@@ -364,31 +367,4 @@ class SGLangEngine:
     async def _close(self) -> None:
         self._watch.cancel()
         await asyncio.gather(self._watch, return_exceptions=True)
-        for member in self._fleet.members:
-            await member.server.close()
-
-
-def _read(reply: Mapping[str, Any], url: str, attempt: str) -> tuple[list[int], list[float], list[VersionSpan], str]:
-    """(tokens, log-probabilities, spans, kind of end) of a reply to /generate. Raises ServerError."""
-    try:
-        meta = reply["meta_info"]
-        entries = meta["output_token_logprobs"] or []
-        tokens = [int(token) for _, token, _ in entries]
-        logprobs = [float(logprob) for logprob, _, _ in entries]
-        told = [(str(span["version"]), int(span["start"]), int(span["end"])) for span in meta["weight_versions"] or []]
-        kind = str(meta["finish_reason"]["type"])
-        ids = [int(token) for token in reply["output_ids"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ServerError(f"{url}: a reply to /generate is not as expected ({error!r})") from None
-    spans, end = [], 0
-    for label, start, stop in told:
-        version = version_of(attempt, label)
-        if label == UPDATING:
-            raise NoWeightsError(f"{url}: answered in the middle of an update")
-        if version is None or start != end:
-            raise ServerError(f"{url}: answered by weights that are none of this run's: {told}")
-        spans.append(VersionSpan(version, start, stop))
-        end = stop
-    if ids != tokens or end != len(tokens):
-        raise ServerError(f"{url}: a reply to /generate has {len(ids)} tokens, {len(tokens)} with figures: {told}")
-    return tokens, logprobs, [span for span in spans if span.end > span.start], kind
+        await self._fleet.close()

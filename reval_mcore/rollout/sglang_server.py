@@ -20,7 +20,11 @@ class ServerError(Exception):
         self.was_sent = was_sent  # False: it cannot have heard of it
 
 
-class BrokenConnectionError(ServerError):
+class NoAnswerError(ServerError):
+    """No answer came: it may be gone, or hang."""
+
+
+class BrokenConnectionError(NoAnswerError):
     """The connection ended before an answer: the server is gone, or only the connection is."""
 
 
@@ -72,9 +76,9 @@ class SGLangServer:
         try:
             reply = await self._client.request(method, route, json=body, timeout=timeout_s)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise ServerError(f"{self.url}: no connection ({error})", was_sent=False) from None
+            raise NoAnswerError(f"{self.url}: no connection ({error})", was_sent=False) from None
         except httpx2.TimeoutException:
-            raise ServerError(f"{self.url}{route}: no answer within {timeout_s:g} s") from None
+            raise NoAnswerError(f"{self.url}{route}: no answer within {timeout_s:g} s") from None
         except httpx2.HTTPError as error:
             raise BrokenConnectionError(f"{self.url}{route}: {str(error) or type(error).__name__}") from None
         if reply.status_code != 200:

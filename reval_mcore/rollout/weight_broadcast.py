@@ -210,8 +210,9 @@ class BroadcastSync:
 
     async def _open(self, fleet: Fleet) -> list[Member]:
         """The servers that take part, in a group with them; none where there is no such group."""
-        prepared = await asyncio.gather(*(self._prepare(fleet, member) for member in fleet.members))
-        members = [member for member, is_prepared in zip(fleet.members, prepared, strict=True) if is_prepared]
+        asked = fleet.reachable
+        prepared = await asyncio.gather(*(self._prepare(fleet, member) for member in asked))
+        members = [member for member, is_prepared in zip(asked, prepared, strict=True) if is_prepared]
         if self._group is not None and self._group.urls != {member.url for member in members}:
             self._give_up_group()
         if self._group is None and members:

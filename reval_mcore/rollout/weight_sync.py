@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -148,13 +148,13 @@ class DiskSync:
         self._timeout_s = timeout_s
         self._control_timeout_s = control_timeout_s
         self._checksums = Checksums()
-        self._newest: Path | None = None
+        self._newest: Path | None = None  # whole; None while there is none
         self._may_load: dict[str, set[Path]] = {}  # by server
 
     def send(self, named_tensors: NamedTensors, version: int, fleet: Fleet, run: Run) -> bool:
         start = time.monotonic()
+        num_bytes = publish_weights(self._directory / fleet.label, named_tensors, companions=self._companions)
         self._newest = self._directory / fleet.label
-        num_bytes = publish_weights(self._newest, named_tensors, companions=self._companions)
         written = time.monotonic()
         run(self._load_everywhere(fleet))
         seconds = time.monotonic() - start
@@ -170,13 +170,14 @@ class DiskSync:
                 len(fleet.members),
             ),
         )
-        self._sweep()
+        self._sweep({member.url for member in fleet.members})
         return True
 
     async def _load_everywhere(self, fleet: Fleet) -> None:
         async with fleet.updating:
-            loaded = await asyncio.gather(*(self._load_or_lose(fleet, member) for member in fleet.members))
-            members = [member for member, is_loaded in zip(fleet.members, loaded, strict=True) if is_loaded]
+            asked = fleet.reachable
+            loaded = await asyncio.gather(*(self._load_or_lose(fleet, member) for member in asked))
+            members = [member for member, is_loaded in zip(asked, loaded, strict=True) if is_loaded]
             await admit_agreeing(fleet, members, self._checksums, self._timeout_s, is_named=True)
 
     async def _load_or_lose(self, fleet: Fleet, member: Member) -> bool:
@@ -188,8 +189,9 @@ class DiskSync:
         return True
 
     async def _load(self, server: SGLangServer, label: str) -> None:
-        assert self._newest is not None, "weights are wanted that were never sent"
         directory = self._newest
+        if directory is None or directory.name != label:
+            raise NoWeightsError(f"{server.url}: waits until {label} is written")
         await server.served_weights(self._control_timeout_s)  # one that hangs is found out before the long wait
         loading = self._may_load.setdefault(server.url, set())
         loading.add(directory)
@@ -207,8 +209,10 @@ class DiskSync:
             await server.rename_weights(UPDATING, self._timeout_s)
             raise ServerError(f"{server.url}: holds other weights than the other servers after loading the same files")
 
-    def _sweep(self) -> None:
+    def _sweep(self, urls: Collection[str]) -> None:
+        """Of what a server was asked that has left, nothing is kept."""
         assert self._newest is not None
+        self._may_load = {url: loading for url, loading in self._may_load.items() if url in urls}
         sweep_weights(self._directory, keep={self._newest, *itertools.chain(*self._may_load.values())})
 
     def close(self) -> None:

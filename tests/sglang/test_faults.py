@@ -218,6 +218,25 @@ def test_responses_made_during_an_update_name_the_weights_that_made_them(
     assert not [record.getMessage() for record in caplog.records if record.name.startswith("reval_mcore")]
 
 
+def test_weights_are_asked_of_no_server_before_they_are_written(
+    connect: Connect, servers: Servers, model: EngineModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writing those of a large model takes minutes, in which servers are looked after as always."""
+    engine = connect(servers(2), control_timeout_s=2.0)
+    engine.update_weights(source_tensors(model.hf_path).items, version=3)
+
+    def weights() -> Iterator[tuple[str, object]]:
+        for number, item in enumerate(source_tensors(model.other).items()):
+            if number == 1:
+                time.sleep(3.0)
+            yield item
+
+    with caplog.at_level(logging.WARNING, "reval_mcore"):
+        engine.update_weights(weights, version=4)  # pyright: ignore[reportArgumentType]
+        whole(model, engine.generate(requests(model, 8), model.sampling), version=4, hf_path=model.other)
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("reval_mcore")]
+
+
 @pytest.mark.timeout(900)
 def test_a_server_is_killed_while_it_works_and_while_it_is_updated(
     connect: Connect, servers: Servers, start_server: StartServer, model: EngineModel
