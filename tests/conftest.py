@@ -90,3 +90,16 @@ def tiny_model() -> Path:
         path.mkdir(parents=True)
         tools.make_tiny_model.make(path, seed=0, threads=1)
     return path
+
+
+@pytest.fixture(scope="session")
+def half_way(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model after one iteration: it is right half of the time."""
+    from tests.sglang.runs import reval, settings
+
+    run = tmp_path_factory.mktemp("half_way")
+    done = reval("train", *settings(tiny_model, tiny_model, run / "run"), "run.num_iterations=1")
+    assert done.returncode == 0, done.stderr
+    done = reval("export", str(run / "run"), "--out", str(run / "model"))
+    assert done.returncode == 0, done.stderr
+    return run / "model"

@@ -11,6 +11,7 @@ from reval_mcore.control.leases import (
     quota_blocks,
     read_collection,
 )
+from reval_mcore.control.parent import die_with_parent
 from reval_mcore.control.servers import announce_server, read_servers, withdraw_server
 from reval_mcore.control.stop import StopSignals
 from reval_mcore.control.trainer_heart import TrainerHeart
@@ -26,6 +27,7 @@ __all__ = [
     "announce_server",
     "block_id",
     "block_of",
+    "die_with_parent",
     "quota_blocks",
     "read_collection",
     "read_servers",

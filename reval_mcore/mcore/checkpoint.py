@@ -7,7 +7,6 @@ waits for ever when a writer dies (out of memory, say).
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import multiprocessing
 import os
@@ -28,9 +27,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
+from reval_mcore.control import die_with_parent
 from reval_mcore.durable import crc32, raise_if_full
 
-_PR_SET_PDEATHSIG = 1
 _KEPT_FROM_WRITER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -188,7 +187,7 @@ def _serve(connection: Connection, parent: int, buckets: Sequence[Any], transfor
     for number in _KEPT_FROM_WRITER:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _KEPT_FROM_WRITER)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed trainer leaves no writer behind
+    die_with_parent()  # a killed trainer leaves no writer behind
     if os.getppid() != parent:  # it died before that
         return
     outcome = _write(buckets, transforms)

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from reval_mcore.config import ParallelConfig
+from reval_mcore.control import die_with_parent
 from reval_mcore.mcore import cpu_shim
 
 
@@ -64,6 +65,7 @@ def open_topology(parallel: ParallelConfig | None = None, *, timeout_s: float = 
         device = torch.device("cpu")
     backend = "nccl" if on_cuda else "gloo"
     if dist.is_torchelastic_launched():
+        die_with_parent()  # a rank whose torchrun was killed would wait for the others for ever
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -31,7 +31,7 @@ _NUM_GPUS = 8  # a node: device files that are like /dev/null
 _MAX_SOCKET_PATH_BYTES = 107  # of a unix socket's name
 
 # cred_expire decides how long a requeued job waits (default: two minutes). Nothing uses cgroups here, but 22.05 wants a
-# name. Accounts cannot be checked without a database, except by the partition "reserved".
+# name. Accounts are checked by _JOB_SUBMIT, which needs no database.
 _SLURM_CONF = """\
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
@@ -70,10 +70,24 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 GresTypes=gpu
+JobSubmitPlugins=lua
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port}-{last_port} CPUs=8 RealMemory=4096 \
 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-PartitionName=reserved Nodes=ALL MaxTime=INFINITE State=UP AllowAccounts=research
+PartitionName=reserved Nodes=ALL MaxTime=INFINITE State=UP
+"""
+# Partition "reserved" is for account "research" alone.
+_JOB_SUBMIT = """\
+function slurm_job_submit(job, partitions, user)
+  if job.partition == "reserved" and job.account ~= "research" then
+    return slurm.ESLURM_INVALID_ACCOUNT
+  end
+  return slurm.SUCCESS
+end
+
+function slurm_job_modify(change, job, partitions, user)
+  return slurm.SUCCESS
+end
 """
 
 
@@ -99,6 +113,7 @@ def up(directory: Path, num_nodes: int) -> None:
         gpus=_NUM_GPUS,
     )
     (directory / "slurm.conf").write_text(conf)
+    (directory / "job_submit.lua").write_text(_JOB_SUBMIT)
     (directory / "gres.conf").write_text(f"Name=gpu File={directory}/dev/gpu[0-{_NUM_GPUS - 1}]\n")
     (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (directory / "env.sh").write_text(f"export SLURM_CONF='{directory}/slurm.conf'\n")

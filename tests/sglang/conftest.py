@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.runs import Processes, reval, settings
+from tests.sglang.runs import Processes
 from tests.sglang.servers import ServerProcess, end_servers, reason_to_skip
 
 Servers = Callable[[int], list[str]]
@@ -59,17 +59,6 @@ def servers(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Serv
         return [process.url for process in started[:number]]
 
     return urls
-
-
-@pytest.fixture(scope="session")
-def half_way(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model after one iteration: it is right half of the time."""
-    run = tmp_path_factory.mktemp("half_way")
-    done = reval("train", *settings(tiny_model, tiny_model, run / "run"), "run.num_iterations=1")
-    assert done.returncode == 0, done.stderr
-    done = reval("export", str(run / "run"), "--out", str(run / "model"))
-    assert done.returncode == 0, done.stderr
-    return run / "model"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -17,10 +16,11 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from reval_mcore.control import die_with_parent
+
 ROOT = Path(__file__).parents[2]
 API_KEY = "a-key-for-tests"
 _SHARED_MEMORY = Path("/dev/shm")
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
 
 
@@ -38,11 +38,6 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-
-
-def _die_with_parent() -> None:
-    """In the child: a test process that is killed takes its servers with it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class ServerProcess:
@@ -65,7 +60,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,  # a test process that is killed takes its servers with it
             )
 
     @property
