@@ -96,6 +96,7 @@ class CollectorProcess:
         self._heart = Heart(self._control, self._name, writer.incarnation)
         self._collector = self._make_collector(writer)
         self._made.clear()
+        self._served_attempt = attempt
         self._engine.follow(attempt)
         with self._beating():
             while self._stop.reason is None and not self._has_finished() and self._attempt() == attempt:
@@ -110,12 +111,9 @@ class CollectorProcess:
 
     def _look(self) -> Collection | None:
         """What is to be done now; None where nothing is known of it."""
-        try:
-            collection = read_collection(self._control)
-        except (OSError, ValueError) as error:
-            self._complain(str(error))
-            return None
+        collection = self._read_collection()
         if collection is not None:
+            self._keep_up(collection)
             self._made = {
                 block: name
                 for block, name in self._made.items()
@@ -123,6 +121,18 @@ class CollectorProcess:
                 if not collection.is_done(block) and (self._shards / name).exists()
             }
         return collection
+
+    def _read_collection(self) -> Collection | None:
+        try:
+            return read_collection(self._control)
+        except (OSError, ValueError) as error:
+            self._complain(str(error))
+            return None
+
+    def _keep_up(self, collection: Collection) -> None:
+        """A server that is stuck at an old version is not asked, however long its block takes."""
+        oldest = collection.policy_version - self._config.rollout.max_versions_behind
+        self._engine.follow(self._served_attempt, max(oldest, 0))
 
     def _has_finished(self) -> bool:
         said = self._read("exit.json")
@@ -177,6 +187,9 @@ class CollectorProcess:
         def beat() -> None:
             while not ended.wait(self._config.rollout.collector_timeout_s / 6):
                 self._beat()
+                collection = self._read_collection()
+                if collection is not None:
+                    self._keep_up(collection)
 
         self._beat()
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)

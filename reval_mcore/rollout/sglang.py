@@ -93,6 +93,7 @@ class SGLangEngine:
         self._patience_s = patience_s
         self._may_join = callable(servers)
         self.attempt = ranks.share(lambda: uuid.uuid4().hex[:8])  # tells this attempt's versions from any other's
+        self._oldest = 0  # version that is good enough
         self._name = uuid.uuid4().hex[:8]
         self._is_aborting = threading.Event()
         self._running: dict[str, Member] = {}  # by request id
@@ -116,15 +117,21 @@ class SGLangEngine:
         self._watch = asyncio.create_task(fleet.watch())
         return fleet
 
-    def follow(self, attempt: str) -> None:
-        """From now on use whatever version of this attempt at a run another process brings to the servers."""
-        self._loop.run(self._follow(attempt))
+    def follow(self, attempt: str, oldest: int = 0) -> None:
+        """From now on use whatever version of this attempt at a run another process brings to the servers, from
+        `oldest` on. What a server is at work on it may finish."""
+        self._loop.run(self._follow(attempt, oldest))
 
-    async def _follow(self, attempt: str) -> None:
-        if attempt != self.attempt:
-            self.attempt = attempt
-            self._fleet.follows = lambda label: version_of(attempt, label) is not None
-            await self._fleet.want(f"weights of attempt {attempt}")
+    async def _follow(self, attempt: str, oldest: int) -> None:
+        if (attempt, oldest) == (self.attempt, self._oldest):
+            return
+        is_new, self.attempt, self._oldest = attempt != self.attempt, attempt, oldest
+
+        def follows(label: str) -> bool:
+            version = version_of(attempt, label)
+            return version is not None and version >= oldest
+
+        await self._fleet.follow(follows, f"version {oldest} of attempt {attempt}, or a later one", is_new=is_new)
 
     def check(self) -> None:
         """Raises ValueError where a server that answers cannot be used, or none answers.
@@ -270,6 +277,7 @@ class SGLangEngine:
             },
         }
         self._running[rid] = member
+        oldest = self._oldest  # what is wanted now; it may finish under that
         try:
             reply = await self._unless_lost(member, member.server.post("/generate", body, self._timeout_s))
         except ServerError:
@@ -280,6 +288,8 @@ class SGLangEngine:
         tokens, logprobs, spans, kind = read_reply(reply, member.url, self.attempt)
         if len(tokens) > remaining or any(not 0 <= token < self._vocab_size for token in tokens):
             raise ServerError(f"{member.url}: answered {len(tokens)} tokens, the largest {max(tokens)}")
+        if any(span.version < oldest for span in spans):
+            raise ServerError(f"{member.url}: answered by version {spans[0].version}, {oldest} is the oldest wanted")
         partial.extend(tokens, logprobs, spans)
         if partial.tokens and partial.tokens[-1] in sampling.stop_token_ids:
             return "stop"

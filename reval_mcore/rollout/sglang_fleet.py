@@ -216,6 +216,18 @@ class Fleet:
             if not member.is_silent:
                 member.reason = f"{member.url}: has not got {label} yet"
 
+    async def follow(self, follows: Callable[[str], bool], label: str, *, is_new: bool) -> None:
+        """Weights that another process brings are wanted, any that `follows` holds for; `label` says which, to people.
+
+        Where they are of another run than before nobody is fit; else those that are get a look soon.
+        """
+        self.follows = follows
+        if is_new:
+            await self.want(label)
+        self.label = label
+        for member in self.members:
+            member.retry_at = 0.0
+
     def _is_wanted(self, label: str) -> bool:
         return self.follows(label) if self.follows is not None else label == self.label
 
@@ -241,7 +253,9 @@ class Fleet:
                 if member.is_fit and not self.updating.locked() and not self._is_wanted(served):
                     if served == UPDATING:
                         raise NoWeightsError(f"{member.url}: is being updated")
-                    raise ServerError(f"{member.url}: serves {served!r}, not {self.label!r}; it was restarted")
+                    raise ServerError(
+                        f"{member.url}: serves {served!r}, not {self.label}: it was restarted, or missed it"
+                    )
             elif (self.label or self.follows) and not self.updating.locked():
                 await member.server.served_weights(self._timeout_s)  # before the lock: weights may be on their way
                 self.hear(member)

@@ -22,7 +22,7 @@ from reval_mcore.rollout.weight_sync import DiskSync, FollowedWeights, WeightSyn
 from tests.builders import save_like, source_tensors
 from tests.rollout_contract import EngineModel, check_logprobs, dense_logprobs, requests
 from tests.sglang.conftest import Servers, StartServer
-from tests.sglang.faulty_proxy import FaultyProxy, Reply
+from tests.sglang.faulty_proxy import FaultyProxy, Reply, no_fault
 from tests.sglang.servers import API_KEY
 
 Connect = Callable[..., SGLangEngine]
@@ -235,6 +235,39 @@ def test_weights_are_asked_of_no_server_before_they_are_written(
         engine.update_weights(weights, version=4)  # pyright: ignore[reportArgumentType]
         whole(model, engine.generate(requests(model, 8), model.sampling), version=4, hf_path=model.other)
     assert not [record.getMessage() for record in caplog.records if record.name.startswith("reval_mcore")]
+
+
+def test_a_server_that_is_stuck_at_an_old_version_makes_no_more_responses(
+    connect: Connect, proxies: list[FaultyProxy], model: EngineModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For as long as that one is too old; what a collector may still use, it uses."""
+    trainer = connect([proxy.url for proxy in proxies])
+    collector = connect([proxy.url for proxy in proxies], FollowedWeights(), max_concurrent_requests=8)
+
+    def generate() -> set[int]:
+        proxies[0].routes.clear()
+        responses = collector.generate(requests(model, 32), model.sampling)
+        return {span.version for response in responses for span in response.version_spans}
+
+    trainer.update_weights(source_tensors(model.hf_path).items, version=3)
+    proxies[0].fault = lambda route: Reply(400, '{"message": "no room"}') if "update_weights" in route else None
+    for version in (4, 5):
+        trainer.update_weights(source_tensors(model.hf_path).items, version)
+    collector.follow(trainer.attempt, 3)
+    assert generate() == {3, 5}
+    with caplog.at_level(logging.WARNING, "reval_mcore"):
+        collector.follow(trainer.attempt, 4)
+        assert generate() == {5}
+        assert generate() == {5}
+        assert "/generate" not in proxies[0].routes
+    lines = [line for line in caplog.messages if "version 4" in line or "4 is the oldest" in line]
+    assert len(lines) == 1
+    assert proxies[0].url in lines[0]
+    proxies[0].fault = no_fault
+    deadline = time.monotonic() + 60.0
+    while "/generate" not in proxies[0].routes:  # it has version 5 from the trainer, and is used again
+        assert generate() == {5}
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.timeout(900)

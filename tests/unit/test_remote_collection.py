@@ -54,6 +54,16 @@ class Writer(ShardWriter):
         return name
 
 
+class FollowingEngine(SGLangEngine):
+    """Notes what it was told to follow."""
+
+    oldest: int = 0
+
+    def follow(self, attempt: str, oldest: int = 0) -> None:
+        super().follow(attempt, oldest)
+        self.oldest = oldest
+
+
 @dataclass
 class Site:
     """A run directory with a collector at work; the trainer's side is this process."""
@@ -63,6 +73,7 @@ class Site:
     stop: StopSignals
     after_first_shard: Callable[[Path], object] | None = None
     ended: str = ""
+    engine: FollowingEngine | None = None
 
     def open_writer(self) -> ShardWriter:
         replay = self.run / "replay"
@@ -81,7 +92,7 @@ class Site:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """The server that the engine knows is never there: what it is asked for is scripted."""
-        engine = SGLangEngine(CONFIG.rollout.servers, FollowedWeights(), vocab_size=256)
+        engine = self.engine = FollowingEngine(CONFIG.rollout.servers, FollowedWeights(), vocab_size=256)
         process = CollectorProcess(
             CONFIG,
             self.run,
@@ -190,3 +201,16 @@ def test_an_iteration_takes_one_block_and_leaves_the_collectors_their_lead(site:
     remote = site.remote()
     assert sorted(remote.take_over(site.run / "replay" / SHARDS, names)) == sorted(names)
     assert [site.blocks(remote.collect(iteration)) for iteration in range(3)] == [[0], [1], [2]]
+
+
+def test_a_collector_asks_no_server_for_weights_that_are_too_old(site: Site) -> None:
+    """Also while it fills a block, for as long as that may take."""
+    remote = site.remote()
+    with site.collecting():
+        assert site.blocks(remote.collect(0)) == [0]
+        assert site.engine is not None
+        assert site.engine.oldest == 0
+        remote.collect(5)
+        while site.engine.oldest != 5:  # max_versions_behind is 0
+            time.sleep(0.05)
+        finish(site)
