@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from reval_mcore.conversion.sources import CheckpointSource
 from reval_mcore.conversion.to_hf import convert_to_hf
 from reval_mcore.durable import append, crc32, write_json
 from reval_mcore.engines import connect, embed_engine, make_engine
-from reval_mcore.evaluation import EvaluationResult, evaluate
+from reval_mcore.evaluation import Evaluation, EvaluationResult, evaluate
 from reval_mcore.layout import check_layout
 from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.learner import Learner
@@ -45,6 +45,7 @@ from reval_mcore.prompts import (
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt
 from reval_mcore.remote_collection import RemoteCollection
+from reval_mcore.remote_evaluation import EvaluationDesk, RemoteEvaluation
 from reval_mcore.replay.buffer import ReplayBuffer
 from reval_mcore.replay.samplers import make_sampler
 from reval_mcore.replay.shards import ShardWriter, next_incarnation
@@ -170,12 +171,18 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         buffer = _open_buffer(config, directory) if ranks.is_first else None
         answerer = Answerer(engine, tokenizer, verifier)
         stop = stack.enter_context(StopSignals(directory.stop_request if ranks.is_first else None))
+        evaluation = _evaluation(config, held_out, stops)
         collector: Collector | RemoteCollection
+        measure: Callable[[int], EvaluationResult | None]
         if config.rollout.mode == "asynchronous" and isinstance(engine, SGLangEngine):
-            collector = _expect_collectors(config, directory, train_prompts, answerer, ranks, stop, engine.attempt)
+            collector, remote = _expect_collectors(
+                *(config, directory, train_prompts, evaluation, answerer, ranks, stop), engine.attempt
+            )
+            measure = remote.evaluate
         else:
             writer = _open_writer(config, directory, tokenizer, f"inline{ranks.rank:03d}", ranks)
             collector = Collector(config, train_prompts, answerer, writer, stops, ranks)
+            measure = lambda version: evaluate(evaluation, answerer, ranks)  # noqa: E731
         metrics = _open_metrics(config, directory, found) if ranks.is_first else None
         if metrics is not None:
             stack.callback(metrics.close)
@@ -185,11 +192,9 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             config,
             learner=learner,
             engine=engine,
-            answerer=answerer,
             collector=collector,
+            evaluate=measure,
             replay=SharedReplay(buffer, directory.replay, ranks),
-            held_out=held_out,
-            stop_token_ids=stops,
             directory=directory,
             checkpoints=checkpoints,
             metrics=metrics,
@@ -219,19 +224,40 @@ def _expect_collectors(
     config: Config,
     directory: RunDirectory,
     prompts: list[Prompt],
+    evaluation: Evaluation,
     answerer: Answerer,
     ranks: Ranks,
     stop: StopSignals,
     attempt: str,
-) -> RemoteCollection:
-    """From now on `reval collect` processes work for this attempt at the run."""
+) -> tuple[RemoteCollection, RemoteEvaluation]:
+    """From now on `reval collect` processes work for this attempt at the run. They evaluate too, so that this process
+    needs servers for nothing but their weights."""
+
+    def is_asked_to_stop() -> bool:
+        return stop.reason is not None
+
     collection = RemoteCollection(
-        *(config, directory.control, directory.replay, prompts, answerer, ranks),
-        is_asked_to_stop=lambda: stop.reason is not None,
+        *(config, directory.control, directory.replay, prompts, answerer, ranks), is_asked_to_stop=is_asked_to_stop
     )
     if ranks.is_first:
         write_json(directory.control / WEIGHTS_OF, {"attempt": attempt})
-    return collection
+    return collection, RemoteEvaluation(
+        *(directory.path, evaluation, ranks),
+        attempt=attempt,
+        patience_s=config.rollout.server_patience_s,
+        heartbeats=collection.heartbeats,
+        is_asked_to_stop=is_asked_to_stop,
+    )
+
+
+def _evaluation(config: Config, held_out: list[Prompt], stops: tuple[int, ...]) -> Evaluation:
+    return Evaluation(
+        held_out,
+        config.evaluation,
+        seed=config.run.seed,
+        max_response_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=stops,
+    )
 
 
 class _LogFile(logging.Handler):
@@ -302,7 +328,7 @@ def open_collector(config: Config, name: str) -> Iterator[CollectorProcess]:
     if config.rollout.mode != "asynchronous":
         raise ValueError(f'rollout.mode = "{config.rollout.mode}": the trainer collects by itself; use "asynchronous"')
     tokenizer, stops = read_model(config)
-    train_prompts, _ = read_prompts(config, tokenizer)
+    train_prompts, held_out = read_prompts(config, tokenizer)
     directory, ranks = RunDirectory(config.run.directory), Ranks()
     with contextlib.ExitStack() as stack:
         engine = connect(config, ranks, FollowedWeights(), directory.control, collector=name)
@@ -317,6 +343,7 @@ def open_collector(config: Config, name: str) -> Iterator[CollectorProcess]:
             engine=engine,
             open_writer=lambda: _open_writer(config, directory, tokenizer, name, ranks),
             make_collector=lambda writer: Collector(config, train_prompts, answerer, writer, stops, ranks),
+            desk=EvaluationDesk(directory.path, held_out, answerer, seed=config.run.seed, stop_token_ids=stops),
             stop=stack.enter_context(StopSignals()),
         )
 
@@ -361,15 +388,7 @@ def evaluate_weights(config: Config, checkpoint: Path | None) -> EvaluationResul
                 learner.load(checkpoint / WEIGHTS)
             engine.update_weights(learner.export_weights, version)
         verifier = stack.enter_context(VerifierPool(config.verifier))
-        return evaluate(
-            Answerer(engine, tokenizer, verifier),
-            prompts,
-            config.evaluation,
-            Ranks(),
-            seed=config.run.seed,
-            max_response_tokens=config.rollout.max_response_tokens,
-            stop_token_ids=stops,
-        )
+        return evaluate(_evaluation(config, prompts, stops), Answerer(engine, tokenizer, verifier), Ranks())
 
 
 def export_checkpoint(config: Config, checkpoint: Path, out: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from reval_mcore.collector import Collector
 from reval_mcore.config import Config
 from reval_mcore.control import Collection, Heart, StopSignals, read_collection
+from reval_mcore.remote_evaluation import EvaluationDesk
 from reval_mcore.replay.shards import SHARDS, ShardWriter
 from reval_mcore.rollout.sglang import SGLangEngine
 
@@ -38,6 +39,7 @@ class CollectorProcess:
         engine: SGLangEngine,
         open_writer: Callable[[], ShardWriter],
         make_collector: Callable[[ShardWriter], Collector],
+        desk: EvaluationDesk,
         stop: StopSignals,
     ) -> None:
         self._config = config
@@ -47,6 +49,8 @@ class CollectorProcess:
         self._engine = engine
         self._open_writer = open_writer
         self._make_collector = make_collector
+        self._desk = desk
+        self._evaluated_version: int | None = None  # while a part of an evaluation is answered
         self._stop = stop
         self._known_attempt: str | None = None
         self._complaints: set[str] = set()  # about the control files
@@ -101,6 +105,8 @@ class CollectorProcess:
         with self._beating():
             while self._stop.reason is None and not self._has_finished() and self._attempt() == attempt:
                 block = self._next(self._look())
+                if self._evaluate():  # the trainer waits for it
+                    continue
                 if block is None:
                     time.sleep(_POLL_S)
                 else:
@@ -131,7 +137,9 @@ class CollectorProcess:
 
     def _keep_up(self, collection: Collection) -> None:
         """A server that is stuck at an old version is not asked, however long its block takes."""
-        oldest = collection.policy_version - self._config.rollout.max_versions_behind
+        oldest = self._evaluated_version
+        if oldest is None:
+            oldest = collection.policy_version - self._config.rollout.max_versions_behind
         self._engine.follow(self._served_attempt, max(oldest, 0))
 
     def _has_finished(self) -> bool:
@@ -160,6 +168,25 @@ class CollectorProcess:
             f"{collected.metrics['accuracy']:.4f}, {time.monotonic() - start:.1f} s",
             flush=True,
         )
+
+    def _evaluate(self) -> bool:
+        """Whether there was a part of an evaluation to answer."""
+        try:
+            request = self._desk.request(self._served_attempt)
+            if request is None:
+                return False
+            lease = self._desk.next_part(request, self._heart.collector, self._heart.incarnation)
+            if lease is None:
+                return False
+            self._evaluated_version = request.version
+            self._engine.follow(self._served_attempt, request.version)
+            self._desk.answer(request, lease)
+        except (OSError, ValueError) as error:
+            self._complain(f"evaluation: {error}")
+            return False
+        finally:
+            self._evaluated_version = None
+        return True
 
     def _drain(self) -> None:
         """Wait until what was made is admitted, as long as a silent collector would be waited for."""

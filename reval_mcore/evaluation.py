@@ -12,7 +12,7 @@ from reval_mcore.collector import Answerer
 from reval_mcore.config import EvaluationConfig
 from reval_mcore.randomness import stream_key
 from reval_mcore.ranks import Ranks
-from reval_mcore.records import Prompt
+from reval_mcore.records import Prompt, VerdictReason
 from reval_mcore.rollout.engine import SamplingParams
 from reval_mcore.verifiers import count_reasons
 
@@ -44,50 +44,80 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def evaluate(
-    answerer: Answerer,
-    prompts: Sequence[Prompt],
-    config: EvaluationConfig,
-    ranks: Ranks,
-    *,
-    seed: int,
-    max_response_tokens: int,
-    stop_token_ids: tuple[int, ...],
-) -> EvaluationResult:
-    """Every evaluation of a run draws the same random numbers, so that differences come from the weights.
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What became of some of the prompts, in their order."""
 
-    Collective: each rank answers its part of the prompts.
+    rewards: list[float]  # num_samples a prompt
+    reasons: list[VerdictReason]  # likewise
+    greedy_rewards: list[float]  # one a prompt; none where evaluation.greedy is off
+    versions: list[int]  # of the weights that made any of it
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked, and how it is counted.
+
+    Every evaluation of a run draws the same random numbers, so that differences come from the weights.
     """
-    prompts = prompts[: config.max_prompts]
-    sampling = SamplingParams(
-        max_response_tokens=max_response_tokens,
-        stop_token_ids=stop_token_ids,
-        temperature=config.temperature,
-        top_p=config.top_p,
-    )
-    own = ranks.part(prompts)
-    answered = answerer.answer(
-        own,
-        config.num_samples,
-        sampling,
-        lambda prompt, index: stream_key(seed, "evaluation", prompt.prompt_id, index),
-    )
-    verdicts = [verdict for part in ranks.gather([item.verdict for item in answered]) for verdict in part]
-    rewards = np.array([verdict.reward for verdict in verdicts]).reshape(len(prompts), config.num_samples)
-    correct = rewards.sum(axis=1).astype(int).tolist()
-    greedy = None
-    if config.greedy:
-        one_each = SamplingParams(max_response_tokens, stop_token_ids, temperature=0.0)
-        parts = ranks.gather([item.verdict.reward for item in answerer.answer(own, 1, one_each, lambda *_: 0)])
-        greedy = float(np.mean([reward for part in parts for reward in part]))
-    return EvaluationResult(
-        accuracy=float(rewards.mean()),
-        pass_at_k={k: float(np.mean([pass_at_k(config.num_samples, c, k) for c in correct])) for k in config.pass_at_k},
-        greedy_accuracy=greedy,
-        num_prompts=len(prompts),
-        num_samples=config.num_samples,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_response_tokens=max_response_tokens,
-        verdicts={**count_reasons(verdicts)},
-    )
+
+    held_out: Sequence[Prompt]
+    config: EvaluationConfig
+    seed: int
+    max_response_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        return self.held_out[: self.config.max_prompts]
+
+    def answer(self, answerer: Answerer, prompts: Sequence[Prompt]) -> Answers:
+        """By the engine's weights."""
+        config = self.config
+        sampling = SamplingParams(
+            max_response_tokens=self.max_response_tokens,
+            stop_token_ids=self.stop_token_ids,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
+        sampled = answerer.answer(
+            prompts,
+            config.num_samples,
+            sampling,
+            lambda prompt, index: stream_key(self.seed, "evaluation", prompt.prompt_id, index),
+        )
+        one_each = SamplingParams(self.max_response_tokens, self.stop_token_ids, temperature=0.0)
+        greedy = answerer.answer(prompts, 1, one_each, lambda *_: 0) if config.greedy else []
+        return Answers(
+            rewards=[item.verdict.reward for item in sampled],
+            reasons=[item.verdict.reason for item in sampled],
+            greedy_rewards=[item.verdict.reward for item in greedy],
+            versions=sorted({span.version for item in (*sampled, *greedy) for span in item.response.version_spans}),
+        )
+
+    def result(self, parts: Sequence[Answers]) -> EvaluationResult:
+        """Of answers that make up all of the prompts."""
+        config = self.config
+        rewards = np.array([reward for part in parts for reward in part.rewards])
+        rewards = rewards.reshape(len(self.prompts), config.num_samples)
+        correct = rewards.sum(axis=1).astype(int).tolist()
+        greedy = [reward for part in parts for reward in part.greedy_rewards]
+        return EvaluationResult(
+            accuracy=float(rewards.mean()),
+            pass_at_k={
+                k: float(np.mean([pass_at_k(config.num_samples, c, k) for c in correct])) for k in config.pass_at_k
+            },
+            greedy_accuracy=float(np.mean(greedy)) if config.greedy else None,
+            num_prompts=len(self.prompts),
+            num_samples=config.num_samples,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_response_tokens=self.max_response_tokens,
+            verdicts={**count_reasons(reason for part in parts for reason in part.reasons)},
+        )
+
+
+def evaluate(evaluation: Evaluation, answerer: Answerer, ranks: Ranks) -> EvaluationResult:
+    """Collective: each rank answers its part of the prompts."""
+    own = ranks.part(evaluation.prompts)
+    return evaluation.result(ranks.gather(evaluation.answer(answerer, own)))

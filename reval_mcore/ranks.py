@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
+_TURN_S = 60.0  # well below the deadline of a collective
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,22 @@ class Ranks:
         if shared_error is not None:
             raise shared_error
         return value
+
+    def wait(self, look: Callable[[], tuple[T] | None], *, poll_s: float) -> T:
+        """What `look` finds on the first rank, in a tuple, once it finds something; it looks every `poll_s`.
+
+        However long that takes: the others hear now and then that it goes on, as a collective has a deadline.
+        """
+
+        def turn() -> tuple[T] | None:
+            deadline = time.monotonic() + _TURN_S
+            while (found := look()) is None and time.monotonic() < deadline:
+                time.sleep(poll_s)
+            return found
+
+        while (found := self.share(turn)) is None:
+            continue
+        return found[0]
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, in their order, on all of them."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from reval_mcore.collector import Answerer, Collected, as_text, outcomes_of, response_metrics
 from reval_mcore.config import Config
-from reval_mcore.control import Collection, LeaseKeeper, block_of, quota_blocks
+from reval_mcore.control import Collection, Heartbeat, LeaseKeeper, block_of, quota_blocks
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt
 from reval_mcore.replay.shards import SHARDS, CorruptShardError, read_trajectories
@@ -24,6 +24,22 @@ from reval_mcore.rollout.engine import EngineError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+
+
+class Patience:
+    """With nobody collecting."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._heard = time.monotonic()
+
+    def check(self, hearts: list[Heartbeat]) -> list[Heartbeat]:
+        """`hearts`; raises EngineError where there were none for too long."""
+        if hearts:
+            self._heard = time.monotonic()
+        if time.monotonic() - self._heard > self._patience_s:
+            raise EngineError(f"nobody collects for {self._patience_s:g} s; start reval collect CONFIG")
+        return hearts
 
 
 class RemoteCollection:
@@ -72,24 +88,23 @@ class RemoteCollection:
     def collect(self, iteration: int) -> Collected | None:
         """Wait for a block; None where the run is asked to stop. Raises EngineError where nobody collects for
         `rollout.server_patience_s`."""
-        return self._ranks.share(lambda: self._wait(iteration))
-
-    def _wait(self, iteration: int) -> Collected | None:
-        rollout, keeper = self._config.rollout, self._first
+        rollout = self._config.rollout
         quota = quota_blocks(iteration, blocks_per_iteration=1, max_versions_behind=rollout.max_versions_behind)
-        heard = time.monotonic()
-        while not self._is_asked_to_stop():
-            keeper.turn(iteration, quota)
-            hearts = keeper.heartbeats()
-            if hearts:
-                heard = time.monotonic()
+        patience = Patience(rollout.server_patience_s)
+
+        def look() -> tuple[Collected | None] | None:
+            if self._is_asked_to_stop():
+                return (None,)
+            self._first.turn(iteration, quota)
+            hearts = patience.check(self.heartbeats())
             ready = self._ready([name for heart in hearts for name in heart.shards])
-            if ready:
-                return self._take(min(ready), ready[min(ready)])
-            if time.monotonic() - heard > rollout.server_patience_s:
-                raise EngineError(f"nobody collects for {rollout.server_patience_s:g} s; start reval collect CONFIG")
-            time.sleep(_POLL_S)
-        return None
+            return (self._take(min(ready), ready[min(ready)]),) if ready else None
+
+        return self._ranks.wait(look, poll_s=_POLL_S)
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """Of the collectors that live. On the first rank."""
+        return self._first.heartbeats()
 
     def _ready(self, announced: Sequence[str]) -> dict[int, str]:
         """A shard of each block that is there and not done; a block that was done twice is taken once."""

@@ -5,6 +5,7 @@ logs/attempt_000/             what each start of the run had to say; logs/latest
 checkpoints/step_000200/      a distributed checkpoint (weights/), trainer.json, replay.npz; config.toml, inputs.json,
                               versions.json: what it was made with; manifest.json: CRC32s of all of these
 weights/v000012-<attempt>/    in HF format, for servers to load (rollout.weight_sync = "disk")
+evaluation/v000012-<attempt>/ while collectors evaluate that version: who answers which part, and the answers
 checkpoints/latest            a link to the newest complete one; what is not linked from here does not count
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from reval_mcore.checkpoints import Checkpoints
-from reval_mcore.collector import Answerer, Collected, Collector
+from reval_mcore.collector import Collected, Collector
 from reval_mcore.config import Config, is_due
 from reval_mcore.control import StopSignals, TrainerHeart
 from reval_mcore.durable import write_json
-from reval_mcore.evaluation import EvaluationResult, evaluate
+from reval_mcore.evaluation import EvaluationResult
 from reval_mcore.mcore.learner import Learner
 from reval_mcore.metrics import MetricsWriter, PhaseClock
 from reval_mcore.objectives import make_objective, make_targets, shape_rewards
 from reval_mcore.ranks import Ranks
-from reval_mcore.records import Batch, Prompt, UpdateStats
+from reval_mcore.records import Batch, UpdateStats
 from reval_mcore.remote_collection import RemoteCollection
 from reval_mcore.rollout.engine import RolloutEngine
 from reval_mcore.run_directory import Found, RunDirectory
@@ -55,11 +55,9 @@ class Trainer:
         *,
         learner: Learner,
         engine: RolloutEngine,
-        answerer: Answerer,
         collector: Collector | RemoteCollection,
+        evaluate: Callable[[int], EvaluationResult | None],
         replay: SharedReplay,
-        held_out: Sequence[Prompt],
-        stop_token_ids: tuple[int, ...],
         directory: RunDirectory,
         checkpoints: Checkpoints,
         metrics: MetricsWriter | None,
@@ -67,16 +65,13 @@ class Trainer:
         heart: TrainerHeart | None,
         ranks: Ranks,
     ) -> None:
-        """All ranks of a run have one, and go through it together. `metrics` and `heart` are
-        the first rank's."""
+        """All ranks of a run have one, and go through it together. `evaluate(version)` is of the engine's weights, None
+        where the run is asked to stop meanwhile; `metrics` and `heart` are the first rank's."""
         self.config = config
         self.learner = learner
         self.engine = engine
-        self.answerer = answerer
         self.collector = collector
         self.replay = replay
-        self.held_out = held_out
-        self.stop_token_ids = stop_token_ids
         self.directory = directory
         self.checkpoints = checkpoints
         self.metrics = metrics
@@ -85,6 +80,7 @@ class Trainer:
         self.objective = make_objective(config.objective)
         self.clock = PhaseClock(None if heart is None else lambda phase: heart.beat(self.progress.iteration, phase))
         self.progress = Progress()
+        self._evaluate = evaluate
         self._evaluated: tuple[int, EvaluationResult] | None = None  # after which iteration, and what
 
     # ------------------------------------------------------------ the loop
@@ -210,21 +206,17 @@ class Trainer:
         gap = np.abs(logprobs - batch.rollout_logprobs)[batch.loss_mask]
         return {"mismatch/logprob_abs_mean": float(gap.mean()), "mismatch/logprob_abs_max": float(gap.max())}
 
-    def evaluate(self) -> EvaluationResult:
-        """Of the engine's weights; a second call after the same iteration costs nothing."""
-        if self._evaluated is None or self._evaluated[0] != self.progress.iteration:
-            with self.clock.phase("evaluate"):
-                result = evaluate(
-                    self.answerer,
-                    self.held_out,
-                    self.config.evaluation,
-                    self.ranks,
-                    seed=self.config.run.seed,
-                    max_response_tokens=self.config.rollout.max_response_tokens,
-                    stop_token_ids=self.stop_token_ids,
-                )
-            self._evaluated = self.progress.iteration, result
-        return self._evaluated[1]
+    def evaluate(self) -> EvaluationResult | None:
+        """Of the engine's weights, None where the run is asked to stop; a second call after the same iteration costs
+        nothing."""
+        iteration = self.progress.iteration
+        if self._evaluated is not None and self._evaluated[0] == iteration:
+            return self._evaluated[1]
+        with self.clock.phase("evaluate"):
+            result = self._evaluate(iteration)
+        if result is not None:
+            self._evaluated = iteration, result
+        return result
 
     # ------------------------------------------------------------ what a run leaves behind
 
@@ -264,6 +256,11 @@ class Trainer:
         with self.clock.phase("checkpoint"):
             self.checkpoints.save(self.progress.iteration, self._state())
 
+    def leave_checkpoint(self) -> None:
+        """One of this moment, whole."""
+        self.save()
+        self.checkpoints.publish()
+
     def _state(self) -> dict[str, Any]:
         return asdict(self.progress) | {"seconds": self.seconds(), "collection": self.collector.state()}
 
@@ -273,14 +270,15 @@ class Trainer:
         Returns the reason for the end, "finished" or a signal's name, which control/exit.json holds too.
         """
         if not self.progress.evaluation_before:
-            self.progress.evaluation_before = self.evaluate().metrics()
+            before = self.evaluate()
+            self.progress.evaluation_before = {} if before is None else before.metrics()
         self.train()
-        is_stopped = self.progress.iteration < self.config.run.num_iterations
-        if is_stopped or self.config.checkpoint.interval != "never":
-            self.save()
-            self.checkpoints.publish()
-        reason = self.stop_reason() if is_stopped else None
-        evaluation = None if is_stopped else self.evaluate()
+        if self.config.checkpoint.interval != "never":
+            self.leave_checkpoint()
+        evaluation = self.evaluate() if self.progress.iteration == self.config.run.num_iterations else None
+        if evaluation is None:
+            self.leave_checkpoint()
+        reason = self.stop_reason() if evaluation is None else None
         record = {"reason": reason or "finished", "iteration": self.progress.iteration}
         if self.ranks.is_first:
             if evaluation is not None:

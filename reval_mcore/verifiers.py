@@ -64,9 +64,9 @@ class Verdict:
     answer: str  # what was taken for the answer, at most 200 characters; "" where there was none
 
 
-def count_reasons(verdicts: Iterable[Verdict]) -> dict[VerdictReason, int]:
-    """How many verdicts have each reason, zeros included."""
-    counts = Counter(verdict.reason for verdict in verdicts)
+def count_reasons(reasons: Iterable[VerdictReason]) -> dict[VerdictReason, int]:
+    """How many there are of each, zeros included."""
+    counts = Counter(reasons)
     return {reason: counts[reason] for reason in REASONS}
 
 

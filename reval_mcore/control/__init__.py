@@ -10,6 +10,7 @@ from reval_mcore.control.leases import (
     block_of,
     quota_blocks,
     read_collection,
+    read_leases,
 )
 from reval_mcore.control.parent import die_with_parent
 from reval_mcore.control.servers import announce_server, read_servers, withdraw_server
@@ -30,6 +31,7 @@ __all__ = [
     "die_with_parent",
     "quota_blocks",
     "read_collection",
+    "read_leases",
     "read_servers",
     "withdraw_server",
 ]

@@ -176,7 +176,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def read_collection(control: Path) -> Collection | None:
     """What control/collection.json says; None before the trainer wrote it. Raises ValueError where it is damaged."""
-    path = control / _COLLECTION
+    return read_leases(control / _COLLECTION)
+
+
+def read_leases(path: Path) -> Collection | None:
+    """Likewise, of a file anywhere."""
     fields = _read(path)
     try:
         return None if fields is None else Collection.from_json(fields)

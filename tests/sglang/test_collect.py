@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -78,6 +79,9 @@ def test_an_asynchronous_run_learns_though_processes_are_killed(
     assert trainer.wait(1800.0) == 0, processes.log("trainer again")
     assert collectors["two"].wait(120.0) == 0
     assert "stopped by finished" in processes.log("two")
+    logs = processes.log("one") + processes.log("two")  # they have evaluated too, before the first iteration
+    assert len(set(re.findall(r"evaluation of version 0, part (\d+)", logs))) == 4
+    assert "evaluation of version 10, part" in processes.log("two")
     summary = summary_of(run)
     assert summary["iterations"] == 10
     assert summary["accuracy_after"] - summary["accuracy_before"] >= 0.10

@@ -43,6 +43,7 @@ class ScriptedEngine:
     wants_weights = False
 
     def __init__(self) -> None:
+        self.version = 3
         self.seeds: list[int] = []
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[GenerationResponse]:
@@ -52,7 +53,7 @@ class ScriptedEngine:
     def _response(self, text: str, reason: FinishReason) -> GenerationResponse:
         tokens = np.frombuffer(text.encode() + (bytes([STOP]) if reason == "stop" else b""), np.uint8).astype(np.int32)
         return GenerationResponse(
-            tokens, np.full(len(tokens), -0.5, np.float32), reason, (VersionSpan(3, 0, len(tokens)),)
+            tokens, np.full(len(tokens), -0.5, np.float32), reason, (VersionSpan(self.version, 0, len(tokens)),)
         )
 
     def abort(self) -> None: ...

@@ -17,8 +17,9 @@ from reval_mcore.collector_process import WEIGHTS_OF, CollectorProcess
 from reval_mcore.control import Collection, StopSignals, block_of
 from reval_mcore.durable import write_json, write_text
 from reval_mcore.ranks import Ranks
-from reval_mcore.records import Trajectory
+from reval_mcore.records import Prompt, Trajectory
 from reval_mcore.remote_collection import RemoteCollection
+from reval_mcore.remote_evaluation import EvaluationDesk
 from reval_mcore.replay.shards import SHARDS, ShardWriter, next_incarnation, read_trajectories
 from reval_mcore.rollout.sglang import SGLangEngine
 from reval_mcore.rollout.weight_sync import FollowedWeights
@@ -39,6 +40,7 @@ CONFIG = config(
         "max_versions_behind": 0,
     }
 )
+HELD_OUT = [Prompt(f"h{i}", f"2+2={'?' * i}", (50, 43, 50, *[63] * i), "4") for i in range(130)]
 
 
 class Writer(ShardWriter):
@@ -100,6 +102,7 @@ class Site:
             engine=engine,
             open_writer=self.open_writer,
             make_collector=lambda writer: Collector(CONFIG, PROMPTS, self.answerer, writer, (STOP,), Ranks()),
+            desk=EvaluationDesk(self.run, HELD_OUT, self.answerer, seed=CONFIG.run.seed, stop_token_ids=(STOP,)),
             stop=self.stop,
         )
 

@@ -174,7 +174,13 @@ def test_integer_answers_start_no_worker() -> None:
     pool = VerifierPool(VerifierConfig())
     verdicts = pool.verify([(boxed(str(i)), str(i - i % 2)) for i in range(500)])
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0] * 250
-    assert count_reasons(verdicts) == {"correct": 250, "wrong": 250, "no_answer": 0, "timeout": 0, "error": 0}
+    assert count_reasons(verdict.reason for verdict in verdicts) == {
+        "correct": 250,
+        "wrong": 250,
+        "no_answer": 0,
+        "timeout": 0,
+        "error": 0,
+    }
     assert workers() == elsewhere
 
 
