@@ -98,7 +98,6 @@ class SGLangEngine:
         self._is_aborting = threading.Event()
         self._running: dict[str, Member] = {}  # by request id
         self._numbers = itertools.count()
-        self._tempered: bool | None = None  # not asked yet
         self._loop = EventLoop()
         self._fleet = self._loop.run(
             self._open_fleet(
@@ -188,7 +187,6 @@ class SGLangEngine:
     async def _generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> list[GenerationResponse]:
-        await self._check_tempering(sampling)
         try:
             async with asyncio.TaskGroup() as group:
                 aborter = group.create_task(self._abort_when_asked())
@@ -199,23 +197,18 @@ class SGLangEngine:
             raise errors.exceptions[0] from None
         return responses
 
-    async def _check_tempering(self, sampling: SamplingParams) -> None:
-        """Raises EngineError where the log-probabilities would not be those at temperature 1."""
+    async def _refuse_tempered(self, member: Member, sampling: SamplingParams) -> None:
+        """Raises EngineError where its log-probabilities would not be those at temperature 1, ServerError where it does
+        not tell."""
         if sampling.temperature in (0.0, 1.0):
             return
-        if self._tempered is None:
-            member = await self._fleet.acquire(set())
-            try:
-                self._tempered = await member.server.is_tempered(self._control_timeout_s)
-            except ServerError as error:
-                await self._fleet.lose(member, error)
-                raise EngineError(str(error)) from None
-            finally:
-                await self._fleet.release(member)
-        if self._tempered:
+        async with member.asking:
+            if member.is_tempered is None:
+                member.is_tempered = await member.server.is_tempered(self._control_timeout_s)
+        if member.is_tempered:
             raise EngineError(
-                f"servers give log-probabilities at temperature {sampling.temperature:g}, not at 1; start them with "
-                "SGLANG_RETURN_ORIGINAL_LOGPROB=1 in their environment"
+                f"{member.url}: gives log-probabilities at temperature {sampling.temperature:g}, not at 1; start it "
+                "with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment"
             )
 
     async def _respond(self, request: GenerationRequest, sampling: SamplingParams) -> GenerationResponse:
@@ -224,6 +217,7 @@ class SGLangEngine:
             member = await self._fleet.acquire(avoid)
             num_before = len(partial.tokens)
             try:
+                await self._refuse_tempered(member, sampling)
                 finish_reason = await self._ask(member, request, sampling, partial)
             except ServerError as error:
                 num_failures += 1

@@ -48,6 +48,8 @@ class Member:
     num_failures: int = 0  # in a row
     retry_at: float = 0.0  # by time.monotonic
     lost: asyncio.Event = field(default_factory=asyncio.Event)  # set: whoever waits for an answer need not
+    is_tempered: bool | None = None  # its log-probabilities; None: not asked yet
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # for that
     care: asyncio.Task[None] | None = None  # the last look after it
 
     @property
@@ -180,7 +182,7 @@ class Fleet:
             if not member.is_missed:
                 logger.warning("server %s: %s", "lost" if member.was_heard else "not there yet", error)
             member.is_missed, member.is_silent = True, isinstance(error, NoAnswerError)
-        member.is_fit, member.reason = False, str(error)
+        member.is_fit, member.is_tempered, member.reason = False, None, str(error)  # it may be started anew
         member.lost.set()
         async with self._changed:
             self._changed.notify_all()
