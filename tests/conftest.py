@@ -40,6 +40,7 @@ def _missing(marker: str) -> str | None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     # here, not beside the tests that they are for: pytest parses its command line before it finds a deeper conftest.py
     parser.addoption("--update-golden", action="store_true", help="write the messages of wrong inputs anew, to be read")
+    parser.addoption("--update-recordings", action="store_true", help="write the replies of a real SGLang anew")
     parser.addoption("--sglang-urls", default="", metavar="URL,URL", help="two servers that run, to save their start")
     parser.addoption("--num-kills", type=int, default=8, metavar="N", help="random moments at which a run is killed")
     parser.addoption("--replay-seconds", type=float, default=6.0, metavar="S", help="how long eight writers write")

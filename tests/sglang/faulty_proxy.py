@@ -90,13 +90,19 @@ class FaultyProxy:
         if action == "hang":
             await asyncio.sleep(3600.0)
         if isinstance(action, Reply):
-            content = action.body.encode()
-            writer.write(f"HTTP/1.1 {action.status} -\r\ncontent-length: {len(content)}\r\n".encode())
-            writer.write(b"content-type: application/json\r\nconnection: close\r\n\r\n" + content)
-            await writer.drain()
+            await self._reply(action, writer)
             return
         if route == "/generate":
             await asyncio.sleep(self._latency_s)
+        await self._pass_on(request, headers, body, writer)
+
+    async def _reply(self, reply: Reply, writer: asyncio.StreamWriter) -> None:
+        content = reply.body.encode()
+        writer.write(f"HTTP/1.1 {reply.status} -\r\ncontent-length: {len(content)}\r\n".encode())
+        writer.write(b"content-type: application/json\r\nconnection: close\r\n\r\n" + content)
+        await writer.drain()
+
+    async def _pass_on(self, request: str, headers: list[str], body: bytes, writer: asyncio.StreamWriter) -> None:
         kept = [line for line in headers if not line.lower().startswith("connection:")]
         upstream_reader, upstream = await asyncio.open_connection(*self._target)
         try:

@@ -23,6 +23,7 @@ from tests.builders import save_like, source_tensors
 from tests.rollout_contract import EngineModel, check_logprobs, dense_logprobs, requests
 from tests.sglang.conftest import Servers, StartServer
 from tests.sglang.faulty_proxy import FaultyProxy, Reply, no_fault
+from tests.sglang.recordings import recorded
 from tests.sglang.servers import API_KEY
 
 Connect = Callable[..., SGLangEngine]
@@ -99,11 +100,11 @@ def test_a_server_that_answers_500_is_replaced_by_another(
 ) -> None:
     engine = connect([proxy.url for proxy in proxies])
     engine.update_weights(source_tensors(model.hf_path).items, version=3)
-    proxies[0].fault = lambda route: Reply(500, '{"error": "out of order"}') if route == "/generate" else None
+    proxies[0].fault = lambda route: Reply(500, "Internal Server Error") if route == "/generate" else None
     with caplog.at_level(logging.WARNING, "reval_mcore"):
         whole(model, engine.generate(requests(model, 16), model.sampling), version=3)
     lines = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
-    assert lines == [f"server lost: {proxies[0].url}/generate: HTTP 500: out of order"]
+    assert lines == [f"server lost: {proxies[0].url}/generate: HTTP 500: Internal Server Error"]
 
 
 def test_a_port_that_is_cut_while_responses_are_made(
@@ -157,7 +158,7 @@ def test_a_refused_update_is_that_servers_loss(
         """The first two tries."""
         if route.startswith("/update_weights_from") and len(refused) < 2:
             refused.append(route)
-            return Reply(400, '{"success": false, "message": "not now"}')
+            return recorded("load_refused" if way == "disk" else "end_of_nothing", message="not now")
         return None
 
     proxies[0].fault = refuse
@@ -250,7 +251,8 @@ def test_a_server_that_is_stuck_at_an_old_version_makes_no_more_responses(
         return {span.version for response in responses for span in response.version_spans}
 
     trainer.update_weights(source_tensors(model.hf_path).items, version=3)
-    proxies[0].fault = lambda route: Reply(400, '{"message": "no room"}') if "update_weights" in route else None
+    refusal = recorded("load_refused", message="no room")
+    proxies[0].fault = lambda route: refusal if "update_weights" in route else None
     for version in (4, 5):
         trainer.update_weights(source_tensors(model.hf_path).items, version)
     collector.follow(trainer.attempt, 3)
