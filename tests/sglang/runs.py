@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def on_servers(urls: list[str], directory: Path) -> tuple[str, ...]:
 
 def summary_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
+
+
+def lines_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for_iterations(run: Path, number: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 900.0
+    while lines_of(run) < number:
+        assert process.poll() is None, "the trainer ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 class Processes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from tests.builders import source_tensors
 from tests.rollout_contract import EngineModel, requests
 from tests.sglang.conftest import Servers
 from tests.sglang.faulty_proxy import FaultyProxy
-from tests.sglang.runs import Processes, on_servers, settings, summary_of
+from tests.sglang.runs import Processes, on_servers, settings, summary_of, wait_for_iterations
 from tests.sglang.servers import API_KEY
 
 _NOBODY = "http://127.0.0.1:9"  # refuses connections
@@ -151,16 +150,6 @@ def test_an_engine_waits_for_a_server_and_says_so(
     finally:
         engine.close()
     assert [record.getMessage()[:20] for record in caplog.records] == ["waiting for a server"]
-
-
-def lines_of(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def wait_for_iterations(run: Path, number: int, trainer: subprocess.Popen[bytes]) -> None:
-    assert wait_until(lambda: lines_of(run) >= number or trainer.poll() is not None, timeout_s=300.0)
-    assert trainer.poll() is None, "the trainer ended"
 
 
 @pytest.mark.slow

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,20 +15,7 @@ import pytest
 from reval_mcore.replay.shards import SHARDS, read_trajectories
 from tests.sglang.conftest import Servers
 from tests.sglang.faulty_proxy import FaultyProxy
-from tests.sglang.runs import Processes, on_servers, reval, settings, summary_of
-
-
-def lines_of(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def wait_for_iterations(run: Path, number: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 900.0
-    while lines_of(run) < number:
-        assert process.poll() is None, "the trainer ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+from tests.sglang.runs import Processes, on_servers, reval, settings, summary_of, wait_for_iterations
 
 
 def check_replay(run: Path, num_blocks: int, size: int) -> None:
