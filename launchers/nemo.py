@@ -35,6 +35,7 @@ def script_of(job: Job) -> str:
     return "\n".join(
         [
             f"cd {shlex.quote(str(Path.cwd()))}",
+            f"exec > >(tee -a {shlex.quote(str(job.log))}) 2>&1  # for its record, and for who looks at the run",
             f"export PYTHONPATH={shlex.quote(str(plain.REPOSITORY))}",
             f"exec {shlex.quote(job.cluster.supervisor_python)} -u -m launchers.supervisor {shlex.quote(str(job.run))}",
             "",
@@ -77,7 +78,7 @@ def executor_of(job: Job, nemo_run: Any) -> Any:
         srun_args=["--nodes=1", "--ntasks=1", "--relative=0", "--overlap", "--no-kill", "--wait=0"],
         additional_parameters={
             "job_name": plain.job_name(job.run),
-            "output": file_pattern(job.log),
+            "output": file_pattern(job.folder / "nemo.log"),
             "no_kill": True,
             "requeue": True,
             "dependency": "singleton",

@@ -173,16 +173,18 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         stop = stack.enter_context(StopSignals(directory.stop_request if ranks.is_first else None))
         evaluation = _evaluation(config, held_out, stops)
         collector: Collector | RemoteCollection
-        measure: Callable[[int], EvaluationResult | None]
+        remote: RemoteEvaluation | None = None
         if config.rollout.mode == "asynchronous" and isinstance(engine, SGLangEngine):
             collector, remote = _expect_collectors(
                 *(config, directory, train_prompts, evaluation, answerer, ranks, stop), engine.attempt
             )
-            measure = remote.evaluate
         else:
             writer = _open_writer(config, directory, tokenizer, f"inline{ranks.rank:03d}", ranks)
             collector = Collector(config, train_prompts, answerer, writer, stops, ranks)
-            measure = lambda version: evaluate(evaluation, answerer, ranks)  # noqa: E731
+
+        def measure(version: int) -> EvaluationResult | None:
+            return evaluate(evaluation, answerer, ranks) if remote is None else remote.evaluate(version)
+
         metrics = _open_metrics(config, directory, found) if ranks.is_first else None
         if metrics is not None:
             stack.callback(metrics.close)

@@ -70,6 +70,8 @@ class Answerer:
 
     def decode(self, responses: Sequence[np.ndarray]) -> list[str]:
         """Text of responses (int32 [tokens] each), without special tokens."""
+        if not responses:  # of which transformers 5 makes one empty text
+            return []
         return self._tokenizer.batch_decode([tokens.tolist() for tokens in responses], skip_special_tokens=True)
 
 

@@ -44,7 +44,7 @@ def test_a_job_learns_though_a_server_crashes_and_a_node_dies(
             "rollout.collector_timeout_s=20",
             "logging.tensorboard=true",
         ),
-        *("run.num_iterations=40", "optimizer.lr=2e-4", "checkpoint.interval=2", "replay.unlink_delay_s=0"),
+        *("run.num_iterations=24", "optimizer.lr=2e-4", "checkpoint.interval=2", "replay.unlink_delay_s=0"),
         *("launch.num_trainer_nodes=2", "launch.num_rollout_nodes=2", "launch.min_rollout_nodes=1"),
         *("launch.time_limit_minutes=60", "launch.stop_before_s=300"),
     )
@@ -69,7 +69,7 @@ def test_a_job_learns_though_a_server_crashes_and_a_node_dies(
     run.wait_for_log(r"attempt_001: trainers n1 n2; rollouts n3 n4")
     run.wait_for_end("finished", timeout_s=420)
 
-    assert run.iterations() == list(range(40))
+    assert run.iterations() == list(range(24))
     summary = json.loads((run.path / "summary.json").read_text())
     print(f"{summary['accuracy_before']:.4f} -> {summary['accuracy_after']:.4f}")
     assert 0.4 <= summary["accuracy_before"] <= 0.6

@@ -21,6 +21,7 @@ from reval_mcore.replay.shards import ShardWriter, read_trajectories
 from reval_mcore.rollout.engine import GenerationRequest, GenerationResponse, SamplingParams, WeightSource
 from reval_mcore.verifiers import VerifierPool
 from tests.builders import make_config
+from tools import tiny_task
 
 STOP = 0
 # (response text, finish reason), dealt out in turn to the responses of an iteration
@@ -94,6 +95,14 @@ def collect(
 def config(**sections: Any) -> Config:
     rollout = {"num_prompts": 3, "num_responses": 4, "max_response_tokens": 32}
     return make_config(Path("unused"), **({"rollout": rollout} | sections))
+
+
+def test_no_prompts_have_no_answers(tmp_path: Path, verifier: VerifierPool) -> None:
+    """As on a rank that has no part where there are more ranks than prompts."""
+    tiny_task.save_tokenizer(tmp_path)
+    tokenizer = tiny_task.load_tokenizer(tmp_path)
+    answerer = Answerer(ScriptedEngine(), tokenizer, verifier)
+    assert answerer.answer([], 2, SamplingParams(4, (2,)), lambda prompt, index: 0) == []
 
 
 def test_every_prompt_of_the_block_has_one_whole_group(tmp_path: Path, verifier: VerifierPool) -> None:
