@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
