@@ -35,7 +35,8 @@ def script_of(job: Job) -> str:
     return "\n".join(
         [
             f"cd {shlex.quote(str(Path.cwd()))}",
-            f"exec > >(tee -a {shlex.quote(str(job.log))}) 2>&1  # for its record, and for who looks at the run",
+            "# for its record, and for who looks at the run; the signals that everybody gets are not for tee",
+            f"exec > >(trap '' USR1 TERM; exec tee -a {shlex.quote(str(job.log))}) 2>&1",
             f"export PYTHONPATH={shlex.quote(str(plain.REPOSITORY))}",
             f"exec {shlex.quote(job.cluster.supervisor_python)} -u -m launchers.supervisor {shlex.quote(str(job.run))}",
             "",

@@ -30,4 +30,11 @@ stage "ruff format" "$python" -m ruff format --check
 stage "import contracts" "$python" -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())'
 stage "pyright" "$python" -m pyright
 echo "test: pytest"
-"$python" -m pytest "$@"
+if (($#)); then
+    exec "$python" -m pytest "$@"
+fi
+# side by side where a test is one process; the others have several themselves
+status=0
+"$python" -m pytest tests/unit tests/integration -n 2 --dist loadfile || status=$?
+"$python" -m pytest tests/distributed tests/gpu tests/oracle tests/sglang tests/slurm || status=$?
+exit "$status"

@@ -31,7 +31,7 @@ def test_a_run_is_cut_goes_on_and_finishes(
     records = tmp_path / "records"
     launched = slurm.run(
         *("env", f"NEMORUN_HOME={records}", str(PYTHON), "-m", "launchers.nemo"),
-        *(*run.settings(tiny_model, tiny_model), *SMALL, "run.num_iterations=12", "launch.num_trainer_nodes=2"),
+        *(*run.settings(tiny_model, tiny_model), *SMALL, "run.num_iterations=8"),
         *("--cluster", str(with_account)),
         timeout_s=120,
     )
@@ -43,7 +43,7 @@ def test_a_run_is_cut_goes_on_and_finishes(
     assert slurm.run("scancel", "--signal=USR1", job).returncode == 0  # to every step, as its --signal does it
     run.wait_for_log("requeued: time_limit: stopped at a checkpoint")
     run.wait_for_end("finished")
-    assert run.iterations() == list(range(12))
+    assert run.iterations() == list(range(8))
     assert len(run.attempts()) == 2
     (record,) = (records / "experiments").iterdir()
     assert record.name.startswith("reval-run-")
