@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -86,10 +87,13 @@ def tiny_model() -> Path:
     modules = (tools.make_tiny_model, tools.tiny_task)
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     path = cache_directory() / f"tiny_model-{hashlib.sha256(sources).hexdigest()[:16]}"
-    if not (path / "tiny_model.json").is_file():
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        tools.make_tiny_model.make(path, seed=0, threads=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of tests that run side by side one makes it
+        if not (path / "tiny_model.json").is_file():
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            tools.make_tiny_model.make(path, seed=0, threads=1)
     return path
 
 
