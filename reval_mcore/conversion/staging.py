@@ -61,8 +61,10 @@ class Staging:
             file.truncate(len(whole))
         return [json.loads(line) for line in whole.splitlines()]
 
-    def note(self, part: Mapping[str, Any]) -> None:
-        """A part is on the disk, fsynced; part["file"] is its name."""
+    def add(self, file: Path, part: Mapping[str, Any]) -> None:
+        """A part is whole; part["file"] is its name. Returns when it is on the disk. Raises OSError."""
+        fsync(file)
+        fsync(file.parent)
         self._append(part)
         self.done.append(json.loads(json.dumps(part)))  # as it would be read: the same files, cut off or not
 

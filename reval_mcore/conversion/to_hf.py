@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +14,28 @@ import torch
 
 from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.conversion.companions import copy_companions
+from reval_mcore.conversion.pipeline import ahead, behind
 from reval_mcore.conversion.sources import CheckpointSource
-from reval_mcore.conversion.staging import Staging, staged
-from reval_mcore.conversion.tensors import DtypeName, OnProgress, dtype_name, dtype_named, nothing_to_tell, raw_bytes
-from reval_mcore.durable import crc32, fsync, not_written, write_all
+from reval_mcore.conversion.staging import staged
+from reval_mcore.conversion.tensors import (
+    DtypeName,
+    OnProgress,
+    dtype_name,
+    dtype_named,
+    fault_in,
+    nothing_to_tell,
+    raw_bytes,
+)
+from reval_mcore.durable import crc32, not_written, write_all
 from reval_mcore.mcore.hf_mapping import FINAL_NORM, from_shards, hf_shapes
-from reval_mcore.mcore.weight_checkpoint import Chunk, WeightCheckpoint, check_checkpoint, check_files, plan_chunks
+from reval_mcore.mcore.weight_checkpoint import Chunk, WeightCheckpoint, check_checkpoint, plan_chunks
 from reval_mcore.mcore.weight_files import SAFETENSORS_DTYPES
 
 Which = Literal["policy", "reference"]
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 1 << 30
+_NUM_AHEAD = 4  # chunks that are read before they are written: views of the checkpoint, nearly all
 
 
 @dataclass(frozen=True)
@@ -57,23 +68,27 @@ def convert_to_hf(
     spec = read_spec(source.hf)
     checkpoint = open_checkpoint(source, spec, which)
     target = dtype_named(dtype, checkpoint.dtype(FINAL_NORM))
-    check_files(source.weights)
     shards = _plan(spec, target, max_shard_bytes)
     made_from = {
-        "conversion": "mcore_to_hf 2",
+        "conversion": "mcore_to_hf 3",
         "which": which,
         "dtype": dtype_name(target),
         "config_crc32": crc32(source.hf / "config.json"),
-        "metadata_crc32": crc32(source.weights / ".metadata"),
+        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files()},
         "shards": [shard.name for shard in shards],
     }
     with staged(out, made_from) as staging:
         done = {part["file"] for part in staging.done}
+        rest = [shard for shard in shards if shard.name not in done]
         for shard in shards:
             if shard.name in done:
                 on_progress(shard.num_bytes, shard.tensors()[-1])
-            else:
-                _write_shard(checkpoint, shard, spec, target, staging, on_progress)
+        chunks = (chunk for shard in rest for chunk in shard.chunks)
+        with ahead(_read(checkpoint, chunks, spec), _NUM_AHEAD) as ready, behind() as do_behind:
+            for shard in rest:
+                path = staging.path / shard.name
+                _write_shard(path, shard, itertools.islice(ready, len(shard.chunks)), spec, target, on_progress)
+                do_behind(functools.partial(staging.add, path, {"file": shard.name}))
         copy_companions(source.hf, staging.path, dtype=dtype_name(target))
         if len(shards) > 1:
             (staging.path / _INDEX).write_text(_index(shards), encoding="utf-8")
@@ -121,30 +136,34 @@ def read_chunk(checkpoint: WeightCheckpoint, chunk: Chunk, spec: ModelSpec) -> d
     return dict(zip(chunk.hf, parts, strict=True))
 
 
+def _read(checkpoint: WeightCheckpoint, chunks: Iterable[Chunk], spec: ModelSpec) -> Iterator[dict[str, torch.Tensor]]:
+    for chunk in chunks:
+        tensors = read_chunk(checkpoint, chunk, spec)
+        for tensor in tensors.values():
+            fault_in(tensor)
+        yield tensors
+
+
 def _write_shard(
-    checkpoint: WeightCheckpoint,
+    path: Path,
     shard: _Shard,
+    chunks: Iterable[dict[str, torch.Tensor]],
     spec: ModelSpec,
     dtype: torch.dtype,
-    staging: Staging,
     on_progress: OnProgress,
 ) -> None:
     """In safetensors' format: length of a header (8 bytes), header, tensors without a gap. Its own writer wants all of
     them in memory."""
-    path = staging.path / shard.name
     with path.open("wb", buffering=0) as file:
         try:
             write_all(file, _header(shard, spec, dtype))
-            for chunk in shard.chunks:
-                for name, rows in read_chunk(checkpoint, chunk, spec).items():
+            for tensors in chunks:
+                for name, rows in tensors.items():
                     data = raw_bytes(rows.to(dtype))
                     write_all(file, data)
                     on_progress(len(data), name)
-            os.fsync(file.fileno())
         except OSError as error:
             raise not_written(path, error) from error
-    fsync(staging.path)
-    staging.note({"file": shard.name})
 
 
 def _header(shard: _Shard, spec: ModelSpec, dtype: torch.dtype) -> bytes:

@@ -7,8 +7,10 @@ OUT/manifest.json   a CRC32 of every source tensor, and of every file of the che
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,26 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from reval_mcore.architecture import ModelSpec, read_spec
 from reval_mcore.conversion.companions import copy_companions
+from reval_mcore.conversion.pipeline import ahead, behind
 from reval_mcore.conversion.staging import Staging, staged
 from reval_mcore.conversion.tensors import (
     DtypeName,
     OnProgress,
     dtype_name,
     dtype_named,
+    fault_in,
     nothing_to_tell,
     own_storage,
     raw_bytes,
 )
-from reval_mcore.durable import crc32, fsync, raise_if_full, write_json
+from reval_mcore.durable import crc32, raise_if_full, write_json
 from reval_mcore.mcore.hf_directory import check_weights
 from reval_mcore.mcore.hf_mapping import hf_shapes
 from reval_mcore.mcore.weight_checkpoint import MANIFEST, WEIGHTS, Chunk, WeightCheckpointWriter, plan_chunks
 from reval_mcore.mcore.weight_files import SAFETENSORS_DTYPES, TensorFile, WeightFiles
 
 _FILE_BYTES = 1 << 29  # of the checkpoint, at least; a file is what a conversion that was cut off need not do again
+_NUM_AHEAD = 2  # chunks that are read before they are written
 
 
 def convert_to_mcore(
@@ -111,6 +116,7 @@ class _Summed(TensorFile):
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows = self._tensor[index]
+        fault_in(rows)
         self._crc32s[self._name] = zlib.crc32(raw_bytes(rows), self._crc32s.get(self._name, 0))
         return rows
 
@@ -127,6 +133,25 @@ def _files(spec: ModelSpec, dtype: torch.dtype) -> Iterator[list[Chunk]]:
         yield file
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A chunk, ready to be written."""
+
+    tensor: torch.Tensor
+    crc32s: Mapping[str, int]  # of its source tensors, up to the last row of the chunk
+
+
+def _made(
+    reader: WeightFiles, chunks: Iterable[Chunk], spec: ModelSpec, dtype: torch.dtype, crc32s: Mapping[str, int]
+) -> Iterator[_Made]:
+    """In order; `crc32s` are those of the rows before."""
+    sums = dict(crc32s)
+    for chunk in chunks:
+        sources = [_Summed(reader[name], name, sums) for name in chunk.hf]
+        tensor = own_storage(chunk.tensor(sources, spec).to(dtype))
+        yield _Made(tensor, {name: sums[name] for name in chunk.hf})
+
+
 def _write_weights(
     reader: WeightFiles, spec: ModelSpec, dtype: torch.dtype, staging: Staging, on_progress: OnProgress
 ) -> dict[str, int]:
@@ -135,26 +160,30 @@ def _write_weights(
     weights.mkdir(exist_ok=True)
     writer = WeightCheckpointWriter(weights, spec, dtype)
     crc32s: dict[str, int] = dict(staging.done[-1]["crc32s"]) if staging.done else {}
-
-    def tensor(chunk: Chunk) -> torch.Tensor:
-        sources = [_Summed(reader[name], name, crc32s) for name in chunk.hf]
-        made = own_storage(chunk.tensor(sources, spec).to(dtype))
-        on_progress(made.nbytes, chunk.hf[0])
-        return made
-
     files = list(_files(spec, dtype))
-    for chunks in files[: len(staging.done)]:
+    num_done = len(staging.done)
+    for chunks in files[:num_done]:
         on_progress(sum(chunk.num_elements() for chunk in chunks) * dtype.itemsize, chunks[-1].hf[0])
+    rest = [chunk for chunks in files[num_done:] for chunk in chunks]
     try:
-        for number, chunks in enumerate(files[len(staging.done) :], start=len(staging.done)):
-            results, file_crc32 = writer.write_file(number, chunks, tensor)
-            fsync(weights)
-            staging.note({
-                "file": results[0].storage_data.relative_path,
-                "file_crc32": file_crc32,
-                "results": list(map(_as_json, results)),
-                "crc32s": crc32s,
-            })  # fmt: skip
+        with ahead(_made(reader, rest, spec, dtype, crc32s), _NUM_AHEAD) as ready, behind() as do_behind:
+
+            def tensor(chunk: Chunk) -> torch.Tensor:
+                made = next(ready)
+                crc32s.update(made.crc32s)
+                on_progress(made.tensor.nbytes, chunk.hf[0])
+                return made.tensor
+
+            for number, chunks in enumerate(files[num_done:], start=num_done):
+                results, file_crc32 = writer.write_file(number, chunks, tensor)
+                name = results[0].storage_data.relative_path
+                note = {
+                    "file": name,
+                    "file_crc32": file_crc32,
+                    "results": list(map(_as_json, results)),
+                    "crc32s": dict(crc32s),
+                }
+                do_behind(functools.partial(staging.add, weights / name, note))
         writer.finish(len(files), [list(map(_from_json, part["results"])) for part in staging.done])
     except RuntimeError:  # torch's writer, which keeps the errno to itself
         raise_if_full(weights)

@@ -7,7 +7,6 @@ against what megatron-core itself writes of the same model, and have megatron-co
 from __future__ import annotations
 
 import mmap
-import os
 import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
 from reval_mcore.architecture import ModelSpec
-from reval_mcore.config import read_json
+from reval_mcore.config import check_readable, read_json
 from reval_mcore.durable import crc32, write_all
 from reval_mcore.mcore.checkpoint import load
 from reval_mcore.mcore.hf_mapping import (
@@ -153,7 +152,7 @@ class _SummedFile(RawIOBase):
 
 
 class WeightCheckpointWriter:
-    """Writes a checkpoint of weights, file by file, each fsynced."""
+    """Writes a checkpoint of weights, file by file; flushing them to the disk is for the caller."""
 
     def __init__(self, directory: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
         self._directory = directory
@@ -186,7 +185,6 @@ class WeightCheckpointWriter:
                 torch.save(value, cast(IO[bytes], file))
                 place = _StorageInfo(path.name, start, file.num_bytes - start)
                 results.append(WriteResult(index, place.length, place))
-            os.fsync(raw.fileno())
         return results, file.crc32
 
     def finish(self, number: int, results: Sequence[Sequence[WriteResult]]) -> None:
@@ -226,19 +224,24 @@ def find_weights(directory: Path) -> Path:
     )
 
 
-def check_files(weights: Path) -> None:
-    """Raises ValueError that names the files that are not what was written: their CRC32s are in the manifest beside
-    the checkpoint. torch reads a flipped bit without a word. A checkpoint without a manifest is taken as it is."""
+def _known_crc32s(weights: Path) -> dict[str, int]:
+    """By path beside the manifest; empty where there is no manifest: such a checkpoint is taken as it is."""
     path = weights.parent / MANIFEST
-    if not path.is_file():
-        return
-    known = read_json(path).get("crc32", {})
-    for name, value in known.items():
-        if not name.startswith(f"{WEIGHTS}/"):
-            continue
-        file = weights.parent / name
-        if not file.is_file() or crc32(file) != value:
-            raise ValueError(f"{file}: damaged, its CRC32 is not that of {path}; convert or fetch it again")
+    known = read_json(path).get("crc32", {}) if path.is_file() else {}
+    return {name: value for name, value in known.items() if name.startswith(f"{WEIGHTS}/")}
+
+
+def _check_file(file: Path, value: int) -> None:
+    """Raises ValueError where a file has another CRC32: torch reads a flipped bit without a word."""
+    if not file.is_file() or crc32(file) != value:
+        manifest = file.parent.parent / MANIFEST
+        raise ValueError(f"{file}: damaged, its CRC32 is not that of {manifest}; convert or fetch it again")
+
+
+def check_files(weights: Path) -> None:
+    """Raises ValueError that names a file that is not what was written, going by the manifest beside the checkpoint."""
+    for name, value in _known_crc32s(weights).items():
+        _check_file(weights.parent / name, value)
 
 
 @torch.no_grad()
@@ -259,13 +262,17 @@ def load_checkpoint_weights(model: GPTModel, directory: Path, spec: ModelSpec) -
 
 
 class WeightCheckpoint:
-    """The tensors of a checkpoint, of any layout that wrote it. Keys are megatron-core's."""
+    """The tensors of a checkpoint, of any layout that wrote it. Keys are megatron-core's.
+
+    A file is held against its CRC32 in the manifest when something in it is first read.
+    """
 
     def __init__(self, directory: Path, *, prefix: str = "") -> None:
         """`prefix` chooses among weights that lie beside each other, such as "reference.". Raises ValueError."""
         self.directory = directory
         self._prefix = prefix
         self._maps: dict[str, mmap.mmap] = {}
+        self._crc32s = _known_crc32s(directory)
         path = directory / ".metadata"
         try:
             metadata = FileSystemReader(directory).read_metadata()
@@ -281,6 +288,17 @@ class WeightCheckpoint:
     def __contains__(self, key: str) -> bool:
         return self._prefix + key in self.entries
 
+    def files(self) -> list[Path]:
+        """In order of their names. Raises ValueError where one is not there, or ends before what it should hold."""
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            path = self.directory / name
+            if not path.is_file() or path.stat().st_size < end:
+                raise ValueError(f"{path}: damaged, it is missing or ends too early; convert or fetch it again")
+        return [self.directory / name for name in sorted(ends)]
+
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.entries[self._prefix + key].size)
 
@@ -290,7 +308,7 @@ class WeightCheckpoint:
     def read(self, key: str, layer: int | None, first_row: int, num_rows: int) -> torch.Tensor:
         """Rows of a tensor, or of its part that is of one layer: a view of the file where they lie in one piece.
 
-        Raises ValueError that names file and tensor where they cannot be read.
+        Raises ValueError that names the file that is damaged, or file and tensor where they cannot be read.
         """
         name = self._prefix + key
         entry = self.entries[name]
@@ -301,6 +319,8 @@ class WeightCheckpoint:
         sizes[axis], offsets[axis] = num_rows, first_row
         place = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(name, entry, [place])
+        for item in items:
+            self._open(self._places[item.storage_index].relative_path)
         try:
             parts = [self._part(item) for item in items]
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -317,13 +337,20 @@ class WeightCheckpoint:
                 _narrowed(tensor, item.dest_offsets, item.lengths).copy_(part)
         return tensor if layer is None else tensor[0]
 
+    def _open(self, file: str) -> None:
+        if file in self._maps:
+            return
+        path = self.directory / file
+        if (value := self._crc32s.get(f"{WEIGHTS}/{file}")) is not None:
+            _check_file(path, value)
+        check_readable(path)
+        with path.open("rb") as opened:
+            self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+
     def _part(self, item: ReadItem) -> torch.Tensor:
         """torch.load would copy it into fresh memory; so it only tells where the bytes lie."""
         place = self._places[item.storage_index]
-        path = self.directory / place.relative_path
-        with path.open("rb") as file:
-            if place.relative_path not in self._maps:
-                self._maps[place.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        with (self.directory / place.relative_path).open("rb") as file:
             view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
             saved = torch.load(view, map_location="meta", weights_only=True)
         storage, dtype = saved.untyped_storage(), saved.dtype

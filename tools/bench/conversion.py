@@ -1,14 +1,18 @@
 """How fast a model is converted, and in how much memory: `python -m tools.bench.conversion --help`.
 
-Makes a model of Qwen2.5-Math-7B's shapes with random bf16 weights (as many layers as asked for), copies its files,
-converts them both ways, each in a process of its own, and compares the last result with the first. What does not depend
-on the machine: the ratio to the copy in the same run, and the peak of anonymous memory (sampled).
+Makes a model of Qwen2.5-Math-7B's shapes with random bf16 weights (as many layers as asked for), converts it both ways,
+each in a process of its own, and compares the last result with the first. Before and after each conversion its source
+is copied file by file, each fsynced as the tools do it. All of them begin with the source in the page cache, which is
+when a copy is fastest. What does not depend on the machine: the ratio to the two copies, and the peak of anonymous
+memory (sampled).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +42,22 @@ _SHAPES: dict[str, Any] = {
 }
 _FULL_LAYERS = 28
 _SAMPLE_S = 0.005
+_FREE_BYTES = 512 << 20
+_FILLER_BYTES = 1 << 40
+_READ_BYTES = 1 << 24
 _COPY = """
 import os, pathlib, shutil, sys
+def fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 source, target = map(pathlib.Path, sys.argv[1:])
 target.mkdir()
 for path in sorted(source.iterdir()):
     shutil.copyfile(path, target / path.name)
-    with (target / path.name).open("rb") as file:
-        os.fsync(file.fileno())
+    fsync(target / path.name)
+fsync(target)
+fsync(target.parent)
 """
 
 
@@ -54,13 +67,9 @@ class Step:
     cpu_seconds: float
     peak_anonymous_bytes: int
 
-    def speed(self, num_bytes: int) -> float:
-        """Bytes of weights a second."""
-        return num_bytes / self.seconds
 
-
-def make_model(directory: Path, num_layers: int) -> int:
-    """Random weights; returns their bytes. One file a layer, so that making them takes little memory."""
+def make_model(directory: Path, num_layers: int) -> tuple[int, int]:
+    """Random weights; returns their bytes, and what they were with all layers. One file a layer: little memory."""
     import torch
     from safetensors.torch import save_file
 
@@ -69,8 +78,9 @@ def make_model(directory: Path, num_layers: int) -> int:
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(_SHAPES | {"num_hidden_layers": num_layers}))
+    spec = read_spec(directory)
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in hf_shapes(read_spec(directory)).items():
+    for name, shape in hf_shapes(spec).items():
         part = name.split(".")[2] if name.startswith("model.layers.") else name
         groups.setdefault(part, {})[name] = shape
     index: dict[str, str] = {}
@@ -86,7 +96,8 @@ def make_model(directory: Path, num_layers: int) -> int:
         index |= dict.fromkeys(shapes, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return total
+    full = hf_shapes(dataclasses.replace(spec, num_layers=_FULL_LAYERS))
+    return total, sum(math.prod(shape) for shape in full.values()) * torch.bfloat16.itemsize
 
 
 def _anonymous_bytes(pid: int) -> int:
@@ -123,34 +134,84 @@ def measure(*command: str) -> Step:
     return Step(round(seconds, 2), round(cpu, 2), peak)
 
 
-def run(directory: Path, num_layers: int) -> dict[str, Any]:
-    hf, copy, mcore, back = (directory / name for name in ("hf", "copy", "mcore", "back"))
-    num_bytes = make_model(hf, num_layers)
+def _fill_memory(filler: Path) -> None:
+    """Have the page cache take all memory that is free, as it is on any machine after a while.
+
+    The pages of new files then take the place of old ones. Memory that is free may have gone back to the host of a
+    virtual machine, and costs ten times as much to write to: whoever came first would pay. So nothing is removed, and
+    no memory given back, before the last step is done.
+    """
+    with filler.open("w+b", buffering=0) as file:
+        file.truncate(_FILLER_BYTES)  # takes no room on the disk
+        while _free_bytes() > _FREE_BYTES and file.read(_READ_BYTES):
+            pass
+
+
+def _warm(source: Path) -> None:
+    """Nothing is on its way to the disk any more, and the files are in the page cache."""
     os.sync()
-    steps: dict[str, Step] = {}
-    steps["copy"] = measure("-c", _COPY, str(hf), str(copy))
-    shutil.rmtree(copy)
-    steps["hf_to_mcore"] = measure("-m", "tools.convert_hf_to_mcore", "--hf", str(hf), "--out", str(mcore))
-    steps["mcore_to_hf"] = measure("-m", "tools.convert_mcore_to_hf", "--checkpoint", str(mcore), "--out", str(back))
-    steps["compare"] = measure("-m", "tools.inspect_checkpoint", str(hf), str(back))  # fails where a bit differs
+    for path in source.iterdir():
+        with path.open("rb", buffering=0) as file:
+            while file.read(_READ_BYTES):
+                pass
+
+
+def _free_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemFree:"))
+
+
+def _beside_copies(source: Path, *command: str) -> tuple[Step, list[Step]]:
+    """(a conversion of the files in `source`, a copy of them before it and one after it)."""
+
+    def copied(name: str) -> Step:
+        _warm(source)
+        return measure("-c", _COPY, str(source), str(source.with_name(f"{source.name}_copy_{name}")))
+
+    before = copied("before")
+    _warm(source)
+    step = measure(*command)
+    return step, [before, copied("after")]
+
+
+def _figures(num_bytes: int, step: Step, copies: Sequence[Step], start_s: float, full_bytes: int) -> dict[str, Any]:
+    """With all layers: as long for each byte, and once the start of the process."""
+    copy_s = sum(copy.seconds for copy in copies) / len(copies)
+    full = full_bytes / num_bytes
+    return {
+        **asdict(step),
+        "mb_per_second": round(num_bytes / step.seconds / 1e6),
+        "copies": [{"seconds": copy.seconds, "cpu_seconds": copy.cpu_seconds} for copy in copies],
+        "of_the_copy": round(copy_s / step.seconds, 2),
+        "of_the_copy_all_layers_extrapolated": round(copy_s * full / (start_s + (step.seconds - start_s) * full), 2),
+    }
+
+
+def run(directory: Path, num_layers: int) -> dict[str, Any]:
+    hf, mcore, back = (directory / name for name in ("hf", "mcore", "back"))
+    num_bytes, full_bytes = make_model(hf, num_layers)
+    _fill_memory(directory / "filler")
+    start = measure("-c", "import reval_mcore.conversion.to_hf, reval_mcore.conversion.to_mcore")
+    to_mcore = _beside_copies(hf, "-m", "tools.convert_hf_to_mcore", "--hf", str(hf), "--out", str(mcore))
+    to_hf = _beside_copies(
+        mcore / "weights", "-m", "tools.convert_mcore_to_hf", "--checkpoint", str(mcore), "--out", str(back)
+    )
+    compare = measure("-m", "tools.inspect_checkpoint", str(hf), str(back))  # fails where a bit differs
     return {
         "device": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
         "model": f"Qwen2.5-Math-7B's shapes, {num_layers} of {_FULL_LAYERS} layers, bfloat16",
         "num_bytes": num_bytes,
-        "steps": {
-            name: {
-                **asdict(step),
-                "mb_per_second": round(step.speed(num_bytes) / 1e6),
-                "of_the_copy": round(steps["copy"].seconds / step.seconds, 2),
-            }
-            for name, step in steps.items()
-        },
+        "page_cache": "the source is in it before every step, conversion or copy; memory is full of other files",
+        "start": asdict(start),
+        "hf_to_mcore": _figures(num_bytes, *to_mcore, start.seconds, full_bytes),
+        "mcore_to_hf": _figures(num_bytes, *to_hf, start.seconds, full_bytes),
+        "compare": asdict(compare),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench.conversion", description="conversion of a 7B model")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a new directory; takes three times the model")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a new directory; takes seven times the model")
     parser.add_argument("--num-layers", type=int, default=_FULL_LAYERS, metavar="N", help="of 28 (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Callable
@@ -203,6 +204,38 @@ def test_what_was_left_of_another_source_is_not_taken_up(hf: Path, tmp_path: Pat
     assert list(differences(HFWeights(hf), CheckpointWeights(find_checkpoint(tmp_path / "mcore")))) == []
 
 
+def test_what_was_left_of_another_checkpoint_is_not_taken_up(hf: Path, tmp_path: Path) -> None:
+    """Its .metadata is the same to the last byte: only the weights differ."""
+    other = save_qwen2(tmp_path / "other_hf", seed=5, vocab_size=301)
+    for source, name in ((other, "other"), (hf, "mcore")):
+        convert_to_mcore(source, tmp_path / name)
+    one, another = (find_checkpoint(tmp_path / name) for name in ("mcore", "other"))
+    with pytest.raises(Cut):
+        convert_to_hf(another, tmp_path / "back", max_shard_bytes=20_000, on_progress=cut_at("lm_head.weight"))
+    convert_to_hf(one, tmp_path / "back", max_shard_bytes=20_000)
+    assert same_tensors(source_tensors(tmp_path / "back"), source_tensors(hf))
+
+
+def test_no_part_that_is_made_from_a_damaged_file_counts(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is mended, its time and size the same, and the conversion goes on with what was right."""
+    monkeypatch.setattr("reval_mcore.conversion.to_mcore._FILE_BYTES", 10_000)
+    convert_to_mcore(hf, tmp_path / "mcore")
+    file = tmp_path / "mcore" / "weights" / "__4_0.distcp"
+    data, times = file.read_bytes(), file.stat()
+    flipped(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    source = find_checkpoint(tmp_path / "mcore")
+    with pytest.raises(ValueError, match=r"__4_0\.distcp: damaged, its CRC32"):
+        convert_to_hf(source, tmp_path / "back", max_shard_bytes=5_000)
+    assert (tmp_path / ".back.converting" / "progress.jsonl").read_text().count("\n") > 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    convert_to_hf(source, tmp_path / "back", max_shard_bytes=5_000)
+    assert same_tensors(source_tensors(tmp_path / "back"), source_tensors(hf))
+
+
 def on_a_full_disk(disk: Path) -> dict[str, Any]:
     hf = save_qwen2(disk.parent / "full_hf", hidden_size=128, intermediate_size=256, vocab_size=2000)
     told = {}
@@ -315,7 +348,11 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "truncated": (
         lambda d: cut(d / "weights" / "__0_0.distcp", 9000),
-        ("__0_0.distcp: damaged",),
+        ("__0_0.distcp: damaged, it is missing or ends too early",),
+    ),
+    "missing file": (
+        lambda d: (d / "weights" / "__0_0.distcp").unlink(),
+        ("__0_0.distcp: damaged, it is missing or ends too early",),
     ),
     "a flipped bit": (lambda d: flipped(d / "weights" / "__0_0.distcp"), ("__0_0.distcp: damaged",)),
     "another config": (lambda d: edit_config(d, intermediate_size=96), ("mlp.linear_fc1.weight: has shape",)),
