@@ -65,6 +65,7 @@ fsync(target.parent)
 class Step:
     seconds: float  # wall
     cpu_seconds: float
+    cpu_seconds_of_others: float  # of the whole machine in that time: other programs, and the kernel's writing to disk
     peak_anonymous_bytes: int
 
 
@@ -108,9 +109,15 @@ def _anonymous_bytes(pid: int) -> int:
     return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
 
 
+def _busy_seconds() -> float:
+    """CPU time of the machine so far, without idling and waiting."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(*command: str) -> Step:
     """Run a command of this interpreter's. Raises CalledProcessError where it fails."""
-    before = os.times()
+    before, busy = os.times(), _busy_seconds()
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     peak = 0
@@ -129,9 +136,9 @@ def measure(*command: str) -> Step:
     thread.join()
     if status != 0:
         raise subprocess.CalledProcessError(status, command)
-    after = os.times()
+    after, others = os.times(), _busy_seconds() - busy
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Step(round(seconds, 2), round(cpu, 2), peak)
+    return Step(round(seconds, 2), round(cpu, 2), round(others - cpu, 2), peak)
 
 
 def _fill_memory(filler: Path) -> None:
@@ -181,7 +188,7 @@ def _figures(num_bytes: int, step: Step, copies: Sequence[Step], start_s: float,
     return {
         **asdict(step),
         "mb_per_second": round(num_bytes / step.seconds / 1e6),
-        "copies": [{"seconds": copy.seconds, "cpu_seconds": copy.cpu_seconds} for copy in copies],
+        "copies": [asdict(copy) for copy in copies],
         "of_the_copy": round(copy_s / step.seconds, 2),
         "of_the_copy_all_layers_extrapolated": round(copy_s * full / (start_s + (step.seconds - start_s) * full), 2),
     }
