@@ -42,8 +42,6 @@ _SHAPES: dict[str, Any] = {
 }
 _FULL_LAYERS = 28
 _SAMPLE_S = 0.005
-_FREE_BYTES = 512 << 20
-_FILLER_BYTES = 1 << 40
 _READ_BYTES = 1 << 24
 _COPY = """
 import os, pathlib, shutil, sys
@@ -149,8 +147,8 @@ def _fill_memory(filler: Path) -> None:
     no memory given back, before the last step is done.
     """
     with filler.open("w+b", buffering=0) as file:
-        file.truncate(_FILLER_BYTES)  # takes no room on the disk
-        while _free_bytes() > _FREE_BYTES and file.read(_READ_BYTES):
+        file.truncate(_free_bytes())  # takes no room on the disk
+        while file.read(_READ_BYTES):
             pass
 
 
