@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import io
 import logging
 import sys
 import warnings
@@ -17,14 +15,15 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from reval_mcore.architecture import ModelSpec, read_spec
+from reval_mcore.attempt_log import log_to
 from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Answerer, Collector
 from reval_mcore.collector_process import WEIGHTS_OF, CollectorProcess
 from reval_mcore.config import Config, ModelConfig, read_json
-from reval_mcore.control import StopSignals, TrainerHeart
+from reval_mcore.control import StopSignals, TrainerHeart, WakeUps, open_wakeups, serve_wakeups
 from reval_mcore.conversion.sources import CheckpointSource
 from reval_mcore.conversion.to_hf import convert_to_hf
-from reval_mcore.durable import append, crc32, write_json
+from reval_mcore.durable import crc32, write_json
 from reval_mcore.engines import connect, embed_engine, make_engine
 from reval_mcore.evaluation import Evaluation, EvaluationResult, evaluate
 from reval_mcore.layout import check_layout
@@ -51,7 +50,7 @@ from reval_mcore.replay.samplers import make_sampler
 from reval_mcore.replay.shards import ShardWriter, next_incarnation
 from reval_mcore.rollout.sglang import SGLangEngine
 from reval_mcore.rollout.weight_sync import FollowedWeights
-from reval_mcore.run_directory import TRAINER_LOG, WEIGHTS, Found, RunDirectory, read_trainer_state, versions
+from reval_mcore.run_directory import WEIGHTS, Found, RunDirectory, read_trainer_state
 from reval_mcore.shared_replay import SharedReplay
 from reval_mcore.trainer import Trainer
 from reval_mcore.verifiers import VerifierPool
@@ -160,7 +159,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         ranks = Ranks(topology.rank, topology.world_size)
         inputs = _input_hashes(config, tokenizer)
         found = ranks.share(lambda: directory.open(config, inputs=inputs, allow_changed=allow_changed))
-        stack.enter_context(_log_to(ranks.share(directory.join_attempt), found, ranks))
+        stack.enter_context(log_to(ranks.share(directory.join_attempt), found, ranks))
         if config.model.has_checkpoint and found is None:
             ranks.share(lambda: check_files(find_weights(config.model.checkpoint)))
         learner = Learner(config, topology)
@@ -174,9 +173,10 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         evaluation = _evaluation(config, held_out, stops)
         collector: Collector | RemoteCollection
         remote: RemoteEvaluation | None = None
+        wakeups: WakeUps | None = None
         if config.rollout.mode == "asynchronous" and isinstance(engine, SGLangEngine):
-            collector, remote = _expect_collectors(
-                *(config, directory, train_prompts, evaluation, answerer, ranks, stop), engine.attempt
+            collector, remote, wakeups = _expect_collectors(
+                *(stack, config, directory, train_prompts, evaluation, answerer, ranks, stop), engine.attempt
             )
         else:
             writer = _open_writer(config, directory, tokenizer, f"inline{ranks.rank:03d}", ranks)
@@ -202,6 +202,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             metrics=metrics,
             stop=stop,
             heart=TrainerHeart(directory.control) if ranks.is_first else None,
+            wakeups=wakeups if ranks.is_first else None,
             ranks=ranks,
         )
         if found is not None:
@@ -223,6 +224,7 @@ def _on_record(path: Path) -> Iterator[None]:
 
 
 def _expect_collectors(
+    stack: contextlib.ExitStack,
     config: Config,
     directory: RunDirectory,
     prompts: list[Prompt],
@@ -231,25 +233,31 @@ def _expect_collectors(
     ranks: Ranks,
     stop: StopSignals,
     attempt: str,
-) -> tuple[RemoteCollection, RemoteEvaluation]:
+) -> tuple[RemoteCollection, RemoteEvaluation, WakeUps]:
     """From now on `reval collect` processes work for this attempt at the run. They evaluate too, so that this process
     needs servers for nothing but their weights."""
 
     def is_asked_to_stop() -> bool:
         return stop.reason is not None
 
+    open_end = serve_wakeups if ranks.is_first else open_wakeups
+    wakeups = stack.enter_context(open_end(directory.control, is_asked_to_stop))
     collection = RemoteCollection(
-        *(config, directory.control, directory.replay, prompts, answerer, ranks), is_asked_to_stop=is_asked_to_stop
+        *(config, directory.control, directory.replay, prompts, answerer, ranks),
+        is_asked_to_stop=is_asked_to_stop,
+        wakeups=wakeups,
     )
     if ranks.is_first:
         write_json(directory.control / WEIGHTS_OF, {"attempt": attempt})
-    return collection, RemoteEvaluation(
+    remote = RemoteEvaluation(
         *(directory.path, evaluation, ranks),
         attempt=attempt,
         patience_s=config.rollout.server_patience_s,
         heartbeats=collection.heartbeats,
         is_asked_to_stop=is_asked_to_stop,
+        wakeups=wakeups,
     )
+    return collection, remote, wakeups
 
 
 def _evaluation(config: Config, held_out: list[Prompt], stops: tuple[int, ...]) -> Evaluation:
@@ -260,42 +268,6 @@ def _evaluation(config: Config, held_out: list[Prompt], stops: tuple[int, ...]) 
         max_response_tokens=config.rollout.max_response_tokens,
         stop_token_ids=stops,
     )
-
-
-class _LogFile(logging.Handler):
-    """A line that finds no room is not there. Nothing is written at closing, which would hide the real error."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._file = file
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            append(self._file, f"{self.format(record)}\n".encode(errors="replace"))
-
-
-@contextlib.contextmanager
-def _log_to(attempt: Path, found: Found | None, ranks: Ranks) -> Iterator[None]:
-    """What this process has to say of the run goes to a file as well, tracebacks and crashes of libraries too."""
-    root = logging.getLogger("reval_mcore")
-    path = attempt / f"{TRAINER_LOG}{ranks.rank:03d}.log"
-    with path.open("ab", buffering=0) as file:
-        handler = _LogFile(file)
-        root.addHandler(handler)
-        root.setLevel(logging.INFO)
-        faulthandler.enable(file)
-        start = "from the first iteration" if found is None else f"going on from {found.checkpoint}"
-        logger.info("%s, with %s", start, versions())
-        try:
-            yield
-        except BaseException as error:
-            handler.emit(logger.makeRecord(__name__, logging.ERROR, "", 0, "ended", (), sys.exc_info()))
-            error.add_note(f"the log of this attempt: {path}")
-            raise
-        finally:
-            faulthandler.disable()
-            root.removeHandler(handler)
 
 
 def _input_hashes(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -338,6 +310,7 @@ def open_collector(config: Config, name: str) -> Iterator[CollectorProcess]:
         engine.check()
         verifier = stack.enter_context(VerifierPool(config.verifier))
         answerer = Answerer(engine, tokenizer, verifier)
+        stop = stack.enter_context(StopSignals())
         yield CollectorProcess(
             config,
             directory.path,
@@ -346,7 +319,8 @@ def open_collector(config: Config, name: str) -> Iterator[CollectorProcess]:
             open_writer=lambda: _open_writer(config, directory, tokenizer, name, ranks),
             make_collector=lambda writer: Collector(config, train_prompts, answerer, writer, stops, ranks),
             desk=EvaluationDesk(directory.path, held_out, answerer, seed=config.run.seed, stop_token_ids=stops),
-            stop=stack.enter_context(StopSignals()),
+            stop=stop,
+            wakeups=stack.enter_context(open_wakeups(directory.control, lambda: stop.reason is not None)),
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from reval_mcore.collector import Collector
 from reval_mcore.config import Config
-from reval_mcore.control import Collection, Heart, StopSignals, read_collection
+from reval_mcore.control import TO_COLLECTORS, Collection, Heart, News, StopSignals, WakeUps, read_collection
 from reval_mcore.remote_evaluation import EvaluationDesk
 from reval_mcore.replay.shards import SHARDS, ShardWriter
 from reval_mcore.rollout.sglang import SGLangEngine
@@ -25,7 +25,6 @@ from reval_mcore.rollout.sglang import SGLangEngine
 logger = logging.getLogger(__name__)
 
 WEIGHTS_OF = "weights.json"  # in control/: the attempt at the run whose weights the servers get
-_POLL_S = 0.2
 _NUM_SLOTS = 2  # one to work on, one to go on with
 
 
@@ -41,6 +40,7 @@ class CollectorProcess:
         make_collector: Callable[[ShardWriter], Collector],
         desk: EvaluationDesk,
         stop: StopSignals,
+        wakeups: WakeUps,
     ) -> None:
         self._config = config
         self._control = run / "control"
@@ -52,6 +52,7 @@ class CollectorProcess:
         self._desk = desk
         self._evaluated_version: int | None = None  # while a part of an evaluation is answered
         self._stop = stop
+        self._wakeups = wakeups
         self._known_attempt: str | None = None
         self._complaints: set[str] = set()  # about the control files
         self._made: dict[int, str] = {}  # shards by block, until they are admitted
@@ -66,7 +67,7 @@ class CollectorProcess:
             if self._has_finished():
                 return "finished"
             if attempt is None:
-                time.sleep(_POLL_S)
+                self._wakeups.wait(TO_COLLECTORS)
             else:
                 self._work_for(attempt)
 
@@ -108,7 +109,7 @@ class CollectorProcess:
                 if self._evaluate():  # the trainer waits for it
                     continue
                 if block is None:
-                    time.sleep(_POLL_S)
+                    self._wakeups.wait(TO_COLLECTORS)
                 else:
                     self._fill(block)
             if self._stop.reason is not None:
@@ -163,6 +164,7 @@ class CollectorProcess:
         (name,) = collected.shards
         self._made[block] = name
         self._beat()
+        self._wakeups.signal(News.SHARDS)
         print(
             f"block {block}: {collected.metrics['num_trajectories']:.0f} trajectories, accuracy "
             f"{collected.metrics['accuracy']:.4f}, {time.monotonic() - start:.1f} s",
@@ -181,6 +183,7 @@ class CollectorProcess:
             self._evaluated_version = request.version
             self._engine.follow(self._served_attempt, request.version)
             self._desk.answer(request, lease)
+            self._wakeups.signal(News.ANSWERS)
         except (OSError, ValueError) as error:
             self._complain(f"evaluation: {error}")
             return False
@@ -193,7 +196,7 @@ class CollectorProcess:
         deadline = time.monotonic() + self._config.rollout.collector_timeout_s
         while self._made and time.monotonic() < deadline and not self._has_finished():
             self._beat(is_draining=True)
-            time.sleep(_POLL_S)
+            self._wakeups.wait(TO_COLLECTORS)
             self._look()
 
     # ------------------------------------------------------------ heartbeat
@@ -219,6 +222,7 @@ class CollectorProcess:
                     self._keep_up(collection)
 
         self._beat()
+        self._wakeups.signal(News.SHARDS)  # it is there, and has nothing to do
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
         try:

@@ -44,8 +44,8 @@ class Ranks:
             raise shared_error
         return value
 
-    def wait(self, look: Callable[[], tuple[T] | None], *, poll_s: float) -> T:
-        """What `look` finds on the first rank, in a tuple, once it finds something; it looks every `poll_s`.
+    def wait(self, look: Callable[[], tuple[T] | None], pause: Callable[[], None]) -> T:
+        """What `look` finds on the first rank, in a tuple, once it finds something; `pause` is between its looks.
 
         However long that takes: the others hear now and then that it goes on, as a collective has a deadline.
         """
@@ -53,7 +53,7 @@ class Ranks:
         def turn() -> tuple[T] | None:
             deadline = time.monotonic() + _TURN_S
             while (found := look()) is None and time.monotonic() < deadline:
-                time.sleep(poll_s)
+                pause()
             return found
 
         while (found := self.share(turn)) is None:

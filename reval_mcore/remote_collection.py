@@ -15,15 +15,13 @@ from typing import Any
 
 from reval_mcore.collector import Answerer, Collected, as_text, outcomes_of, response_metrics
 from reval_mcore.config import Config
-from reval_mcore.control import Collection, Heartbeat, LeaseKeeper, block_of, quota_blocks
+from reval_mcore.control import Collection, Heartbeat, LeaseKeeper, News, WakeUps, block_of, quota_blocks
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt
 from reval_mcore.replay.shards import SHARDS, CorruptShardError, read_trajectories
 from reval_mcore.rollout.engine import EngineError
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.2
 
 
 class Patience:
@@ -54,6 +52,7 @@ class RemoteCollection:
         answerer: Answerer,
         ranks: Ranks,
         is_asked_to_stop: Callable[[], bool],
+        wakeups: WakeUps,
     ) -> None:
         self._config = config
         self._control = control
@@ -62,6 +61,8 @@ class RemoteCollection:
         self._answerer = answerer
         self._ranks = ranks
         self._is_asked_to_stop = is_asked_to_stop
+        self._wakeups = wakeups
+        self._told: Collection | None = None  # to collectors
         self._blocks: dict[str, int | None] = {}  # of the shards that were heard of; None: of another making
         self._keeper: LeaseKeeper | None = None
         self.restore({})
@@ -95,12 +96,14 @@ class RemoteCollection:
         def look() -> tuple[Collected | None] | None:
             if self._is_asked_to_stop():
                 return (None,)
-            self._first.turn(iteration, quota)
+            told, self._told = self._told, self._first.turn(iteration, quota)
+            if self._told != told:
+                self._wakeups.signal(News.COLLECTION)
             hearts = patience.check(self.heartbeats())
             ready = self._ready([name for heart in hearts for name in heart.shards])
             return (self._take(min(ready), ready[min(ready)]),) if ready else None
 
-        return self._ranks.wait(look, poll_s=_POLL_S)
+        return self._ranks.wait(look, lambda: self._wakeups.wait([News.SHARDS]))
 
     def heartbeats(self) -> list[Heartbeat]:
         """Of the collectors that live. On the first rank."""

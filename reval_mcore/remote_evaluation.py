@@ -20,7 +20,7 @@ from typing import Any
 
 from reval_mcore.collector import Answerer
 from reval_mcore.config import EvaluationConfig
-from reval_mcore.control import Collection, Heartbeat, Lease, read_leases
+from reval_mcore.control import Collection, Heartbeat, Lease, News, WakeUps, read_leases
 from reval_mcore.durable import make_directory, write_json
 from reval_mcore.evaluation import Answers, Evaluation, EvaluationResult
 from reval_mcore.ranks import Ranks
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _REQUEST, _ANSWERS, _LEASES = "evaluation.json", "evaluation", "leases.json"  # in control/, in RUN, in that
 _PROMPTS_PER_PART = 64
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class RemoteEvaluation:
         patience_s: float,
         heartbeats: Callable[[], list[Heartbeat]],
         is_asked_to_stop: Callable[[], bool],
+        wakeups: WakeUps,
     ) -> None:
         """`heartbeats`: of the collectors that live."""
         self._run = run
@@ -74,6 +74,7 @@ class RemoteEvaluation:
         self._patience_s = patience_s
         self._heartbeats = heartbeats
         self._is_asked_to_stop = is_asked_to_stop
+        self._wakeups = wakeups
 
     def evaluate(self, version: int) -> EvaluationResult | None:
         """Of weights that the servers have. None where the run is asked to stop. Raises EngineError where nobody
@@ -101,10 +102,11 @@ class RemoteEvaluation:
             before, leases = leases, leases.complete(answers).assign(patience.check(self._heartbeats()))
             if leases != before:
                 write_json(request.directory(self._run) / _LEASES, leases.to_json())
+                self._wakeups.signal(News.EVALUATION)
             return None
 
         try:
-            return self._ranks.wait(look, poll_s=_POLL_S)
+            return self._ranks.wait(look, lambda: self._wakeups.wait([News.SHARDS, News.ANSWERS]))
         finally:
             if self._ranks.is_first:
                 self._withdraw()
@@ -113,6 +115,7 @@ class RemoteEvaluation:
         self._withdraw()
         make_directory(request.directory(self._run))
         write_json(self._run / "control" / _REQUEST, asdict(request))
+        self._wakeups.signal(News.EVALUATION)
 
     def _withdraw(self) -> None:
         (self._run / "control" / _REQUEST).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from reval_mcore.checkpoints import Checkpoints
 from reval_mcore.collector import Collected, Collector
 from reval_mcore.config import Config, is_due
-from reval_mcore.control import StopSignals, TrainerHeart
+from reval_mcore.control import News, StopSignals, TrainerHeart, WakeUps
 from reval_mcore.durable import write_json
 from reval_mcore.evaluation import EvaluationResult
 from reval_mcore.mcore.learner import Learner
@@ -63,10 +63,11 @@ class Trainer:
         metrics: MetricsWriter | None,
         stop: StopSignals,
         heart: TrainerHeart | None,
+        wakeups: WakeUps | None,
         ranks: Ranks,
     ) -> None:
         """All ranks of a run have one, and go through it together. `evaluate(version)` is of the engine's weights, None
-        where the run is asked to stop meanwhile; `metrics` and `heart` are the first rank's."""
+        where the run is asked to stop meanwhile; `metrics`, `heart` and `wakeups` are the first rank's."""
         self.config = config
         self.learner = learner
         self.engine = engine
@@ -78,6 +79,7 @@ class Trainer:
         self.stop = stop
         self.ranks = ranks
         self.objective = make_objective(config.objective)
+        self.wakeups = wakeups
         self.clock = PhaseClock(None if heart is None else lambda phase: heart.beat(self.progress.iteration, phase))
         self.progress = Progress()
         self._evaluate = evaluate
@@ -179,6 +181,8 @@ class Trainer:
         with self.clock.phase("weights"):
             weights = partial(self.learner.export_weights, wanted=self.engine.wants_weights)
             self.engine.update_weights(weights, version)
+        if self.wakeups is not None:
+            self.wakeups.signal(News.WEIGHTS)
 
     def reset_reference(self, version: int) -> None:
         """reference <- policy. Eager refresh sweeps the buffer now, while both are the same weights.

@@ -14,7 +14,7 @@ import pytest
 
 from reval_mcore.collector import Answerer, Collected, Collector
 from reval_mcore.collector_process import WEIGHTS_OF, CollectorProcess
-from reval_mcore.control import Collection, StopSignals, block_of
+from reval_mcore.control import Collection, StopSignals, WakeUps, block_of
 from reval_mcore.durable import write_json, write_text
 from reval_mcore.ranks import Ranks
 from reval_mcore.records import Prompt, Trajectory
@@ -89,7 +89,12 @@ class Site:
         return RemoteCollection(
             *(CONFIG, self.run / "control", self.run / "replay", PROMPTS, self.answerer, Ranks()),
             is_asked_to_stop=lambda: time.monotonic() > deadline,
+            wakeups=self.wakeups(),
         )
+
+    def wakeups(self) -> WakeUps:
+        """Of a site with no store."""
+        return WakeUps(self.run / "control", lambda: self.stop.reason is not None)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -104,6 +109,7 @@ class Site:
             make_collector=lambda writer: Collector(CONFIG, PROMPTS, self.answerer, writer, (STOP,), Ranks()),
             desk=EvaluationDesk(self.run, HELD_OUT, self.answerer, seed=CONFIG.run.seed, stop_token_ids=(STOP,)),
             stop=self.stop,
+            wakeups=self.wakeups(),
         )
 
         def work() -> None:

@@ -58,6 +58,7 @@ def remote(
         patience_s=patience_s,
         heartbeats=site.remote().heartbeats,
         is_asked_to_stop=lambda: time.monotonic() > deadline,
+        wakeups=site.wakeups(),
     )
 
 
@@ -139,6 +140,7 @@ def test_without_greedy(site: Site) -> None:
         patience_s=60.0,
         heartbeats=site.remote().heartbeats,
         is_asked_to_stop=lambda: False,
+        wakeups=site.wakeups(),
     )
     with site.collecting():
         result = evaluation.evaluate(VERSION)
