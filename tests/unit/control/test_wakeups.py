@@ -35,7 +35,7 @@ def hear_and_answer(control: Path) -> None:
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 120.0
     while not is_so():
         assert time.monotonic() < deadline, "it never came to be"
         time.sleep(0.01)
@@ -49,7 +49,7 @@ def wait(end: WakeUps, *names: News) -> float:
 
 
 def connect(trainer: WakeUps, collector: WakeUps) -> None:
-    """Until each hears the other, and has looked."""
+    """Until each hears the other."""
 
     def hears(end: WakeUps, name: News, other: WakeUps) -> bool:
         other.signal(name)
@@ -58,15 +58,15 @@ def connect(trainer: WakeUps, collector: WakeUps) -> None:
 
     wait_until(lambda: hears(trainer, News.SHARDS, collector))
     wait_until(lambda: hears(collector, News.COLLECTION, trainer))
-    for end, name in ((trainer, News.SHARDS), (collector, News.COLLECTION)):  # what is still under way
-        end.wait([name], long_poll_s=0.3)
-        end.wait([name], long_poll_s=0.3)
 
 
 @contextmanager
 def both(control: Path) -> Iterator[tuple[WakeUps, WakeUps]]:
     with serve_wakeups(control, never) as trainer, open_wakeups(control, never) as collector:
         connect(trainer, collector)
+        for end, name in ((trainer, News.SHARDS), (collector, News.COLLECTION)):  # what is still under way
+            end.wait([name], long_poll_s=0.3)
+            end.wait([name], long_poll_s=0.3)
         yield trainer, collector
 
 
