@@ -181,10 +181,6 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
         else:
             writer = _open_writer(config, directory, tokenizer, f"inline{ranks.rank:03d}", ranks)
             collector = Collector(config, train_prompts, answerer, writer, stops, ranks)
-
-        def measure(version: int) -> EvaluationResult | None:
-            return evaluate(evaluation, answerer, ranks) if remote is None else remote.evaluate(version)
-
         metrics = _open_metrics(config, directory, found) if ranks.is_first else None
         if metrics is not None:
             stack.callback(metrics.close)
@@ -195,7 +191,7 @@ def open_trainer(config: Config, *, allow_changed: Collection[str] = ()) -> Iter
             learner=learner,
             engine=engine,
             collector=collector,
-            evaluate=measure,
+            evaluate=lambda version: remote.evaluate(version) if remote else evaluate(evaluation, answerer, ranks),
             replay=SharedReplay(buffer, directory.replay, ranks),
             directory=directory,
             checkpoints=checkpoints,
