@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -25,8 +25,8 @@ from reval_mcore.layout import check_layout
 from reval_mcore.plan import find_architecture
 from reval_mcore.run_directory import RunDirectory
 
-Standing = Literal["submitted", "running", "requeued", "finished", "stopped", "failed"]
-ENDED = ("finished", "stopped", "failed")
+Standing = Literal["submitted", "running", "requeued", "finished", "stopped", "cancelled", "failed"]
+ENDED = ("finished", "stopped", "cancelled", "failed")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Job:
         """Replace state.json."""
         fields = {"standing": standing, "detail": detail, "updated_at": time.time(), **changes}
         state = replace(self.state(), **fields)  # pyright: ignore[reportArgumentType]
-        write_json(self.folder / "state.json", asdict(state))
+        write_state(self.run, state)
         return state
 
 
@@ -155,6 +155,10 @@ def read_state(run: Path) -> State:
     except FileNotFoundError:
         raise ValueError(f"{run}: no launch/state.json in it; give the run directory of a launched run") from None
     return State(**{**fields, "job_ids": tuple(fields["job_ids"])})
+
+
+def write_state(run: Path, state: State) -> None:
+    write_json(folder_of(run) / "state.json", asdict(state))
 
 
 def plan_job(config_file: Path, overrides: Sequence[str], cluster_file: Path) -> Job:
@@ -187,14 +191,14 @@ def check_inputs(job: Job) -> None:
             check_readable(path)
 
 
-def prepare_job(job: Job) -> None:
-    """Make the run directory and what a job finds in it. Raises ValueError where that cannot be, or one is at work."""
-    try:
+def prepare_job(job: Job, is_alive: Callable[[State], bool]) -> None:
+    """Make the run directory and what a job finds in it. Raises ValueError where that cannot be, or one is at work.
+
+    `is_alive`: whether one that did not tell its end is there still; a machine may have died with it.
+    """
+    if (job.folder / "state.json").exists():
         state = read_state(job.run)
-    except ValueError:
-        pass
-    else:
-        if state.standing not in ENDED:
+        if state.standing not in ENDED and is_alive(state):
             raise ValueError(
                 f"run.directory = {job.run}: its last job is {state.standing}; stop it first "
                 f"(python -m launchers.slurm stop {job.run}), or give another directory"
@@ -207,7 +211,7 @@ def prepare_job(job: Job) -> None:
             key.write_text(f"{secrets.token_urlsafe(32)}\n")
         write_text(job.config_file, dumps(job.config))
         write_text(job.folder / "cluster.toml", dumps_cluster(job.cluster))
-        write_json(job.folder / "state.json", asdict(State("submitted")))
+        write_state(job.run, State("submitted"))
     except OSError as error:
         raise ValueError(f"run.directory = {in_words(error)}") from None
 

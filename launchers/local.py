@@ -10,13 +10,15 @@ foreground until the run has ended, through failures too, and has its exit statu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launchers import looking
-from launchers.job import ENDED, check_inputs, plan_job, prepare_job, read_state
+from launchers.job import ENDED, Job, check_inputs, plan_job, prepare_job, read_state
 from launchers.supervisor import supervise_here
 
 _VERBS = ("status", "logs", "stop")
@@ -28,9 +30,25 @@ def _launch(arguments: argparse.Namespace) -> int:
         looking.show_plan(job, arguments.config)
         return 0
     check_inputs(job)
-    prepare_job(job)
-    supervise_here(job)
+    with only_here(job):
+        prepare_job(job, lambda state: False)
+        supervise_here(job)
     return job.state().exit_status
+
+
+@contextlib.contextmanager
+def only_here(job: Job) -> Iterator[None]:
+    """Raises ValueError where another launcher of this machine sees to the run."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"run.directory = {job.run}: another launcher is at work on it; stop that one first "
+                f"(python -m launchers.local stop {job.run}), or give another directory"
+            ) from None
+        yield
 
 
 def _ask(arguments: argparse.Namespace) -> int:

@@ -99,7 +99,7 @@ def submit(job: Job, cluster_file: Path) -> str:
             f'nemo-run does not import ({error}); pip install "reval_mcore[launch]", which pins the leptonai it needs'
         ) from None
     check_inputs(job)
-    prepare_job(job)
+    prepare_job(job, lambda state: plain.in_queue(state.job_ids))
     write_text(job.folder / "task.sh", script_of(job))
     write_text(job.script, plain.render(job))  # for the case that Slurm refuses to requeue
     try:

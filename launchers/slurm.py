@@ -18,11 +18,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launchers import looking
 from launchers.cluster import REPOSITORY
-from launchers.job import ENDED, Job, check_inputs, plan_job, prepare_job, read_state
+from launchers.job import ENDED, Job, check_inputs, plan_job, prepare_job, read_state, write_state
 from launchers.steps import file_pattern, gpu_request, slurm
 from reval_mcore.durable import write_text
 
@@ -115,7 +116,7 @@ def check_script(script: str) -> None:
 def submit(job: Job, cluster_file: Path) -> str:
     """Its job id. Raises ValueError in Slurm's own words, with what to do."""
     check_inputs(job)
-    prepare_job(job)
+    prepare_job(job, lambda state: in_queue(state.job_ids))
     script = render(job)
     check_script(script)
     write_text(job.script, script)
@@ -185,6 +186,10 @@ def stop(run: Path, *, now: bool) -> int:
     cancelled = slurm("scancel", *state.job_ids[-1:])
     if cancelled.returncode != 0:
         raise ValueError(cancelled.stderr.strip())
+    if state.standing != "running":  # else its supervisor tells the end
+        write_state(
+            run, replace(state, standing="cancelled", detail="while it was in the queue", updated_at=time.time())
+        )
     print(f"job {state.job_ids[-1]} is cancelled; the same command goes on from the last checkpoint")
     return 0
 

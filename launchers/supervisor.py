@@ -48,19 +48,27 @@ def judge(
     """What the end of a trainer means.
 
     `reason`: in its exit record, None where it left none. `asked_for`: why the supervisor asked it to stop, if it did.
-    `is_newer`: there is a newer checkpoint than at its start.
+    `is_newer`: there is a newer checkpoint than at its start. `is_node_lost`: the job has fewer nodes than it had.
     """
     if reason == "finished":
         return End("finished", "all iterations are done")
-    if reason not in (None, "error"):
-        if asked_for in ("time_limit", "too_few_rollout_nodes"):
-            return End("requeued", f"{asked_for}: stopped at a checkpoint")
-        return End("stopped", f"asked to stop: {reason}")
+    has_stopped = reason not in (None, "error")
     if asked_for == "SIGTERM":
-        return End("stopped", "ended by SIGTERM before it could save; the last checkpoint counts")
+        saved = "stopped at a checkpoint" if has_stopped else "ended before it could save, the last checkpoint counts"
+        return End("cancelled", f"SIGTERM: {saved}")
+    if has_stopped and asked_for == "time_limit":
+        return End("requeued", "time_limit: stopped at a checkpoint")
+    if has_stopped and asked_for == "too_few_rollout_nodes":
+        if is_newer or is_node_lost:
+            return End("requeued", "too_few_rollout_nodes: stopped at a checkpoint", is_failure=True)
+        return End(
+            "failed", "too few rollout nodes are left, and no iteration was done: the next attempt would fail too"
+        )
+    if has_stopped:
+        return End("stopped", f"asked to stop: {reason}")
     told = detail or f"the trainer ended with status {status}"
     if is_node_lost:
-        return End("requeued", f"a trainer node is lost: {told}", is_failure=True)
+        return End("requeued", f"a node is lost: {told}", is_failure=True)
     if is_newer:
         return End("requeued", f"failed after a newer checkpoint: {told}", is_failure=True)
     return End("failed", f"failed before any new checkpoint, so the next attempt would too: {told}")
@@ -106,6 +114,9 @@ class Attempt:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         failures = self._preflight() if self._launch.preflight else []
+        if self._signal is not None:
+            is_cut = self._signal == "SIGUSR1"
+            return End("requeued" if is_cut else "cancelled", f"{self._signal} before the trainer was started")
         if failures:
             return End("failed", "; ".join(failures))
         before = directory.latest_checkpoint()
@@ -115,7 +126,8 @@ class Attempt:
         trainer = self._steps.start("trainer", self._trainers, command, self._logs / f"trainer.{RANK}.log")
         self._rollouts = [self._start_rollout(node) for node in self._rollout_nodes()]
         detail = self._watch(trainer)
-        is_node_lost = not self._lost.isdisjoint(self._trainers)
+        self._ask_slurm(now=True)
+        missed = self._steps.nodes if self._asked_for == "too_few_rollout_nodes" else self._trainers
         end(
             self._steps,
             [trainer, *(rollout.step for rollout in self._rollouts)],
@@ -126,7 +138,7 @@ class Attempt:
             asked_for=self._asked_for,
             status=trainer.status(),
             is_newer=directory.latest_checkpoint() != before,
-            is_node_lost=is_node_lost,
+            is_node_lost=not self._lost.isdisjoint(missed),
             detail=detail or self._last_words(),
         )
 
@@ -134,6 +146,8 @@ class Attempt:
         return self._steps.nodes[self._launch.num_trainer_nodes :]
 
     def _note(self, number: int, frame: object) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C; what was started goes with this process
         self._signal = self._signal or signal.Signals(number).name
 
     def _ask_to_stop(self, reason: Reason) -> None:
@@ -300,7 +314,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launchers.supervisor", description=__doc__)
     parser.add_argument("run", type=Path, help="of a job that launchers.slurm or launchers.nemo has prepared")
     job = open_job(parser.parse_args().run)
-    if job.state().standing in ENDED:
+    if job.state().standing in ENDED and job.state().standing != "cancelled":  # which Slurm may start again itself
         say(f"nothing to do: {job.state().standing}, {job.state().detail}")
         return job.state().exit_status
     job_id = os.environ["SLURM_JOB_ID"]

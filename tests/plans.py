@@ -10,7 +10,13 @@ from reval_mcore.plan import Plan, make_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ARCHITECTURES = CONFIGS / "architectures"
-SHIPPED = {"demo": 1, "paper_1_5b": 8, "paper_7b": 8, "qwen2_5_32b": 32}  # and the processes that each is made for
+SHIPPED = {
+    "demo": 1,
+    "paper_1_5b": 8,
+    "paper_7b": 8,
+    "paper_7b_slurm": 8,
+    "qwen2_5_32b": 32,
+}  # and the processes that each is made for
 
 
 def planned(config: Config, **options: Any) -> Plan:

@@ -29,6 +29,9 @@ class TrainerHeart:
         self._last, self._num_beats = now, self._num_beats + 1
         said = {"beat": self._num_beats, "iteration": iteration, "phase": phase, "at": time.time()}
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        with contextlib.suppress(OSError):  # nothing hangs on one beat, so none is flushed to the disk either
+        try:  # nothing hangs on one beat, so none is flushed to the disk either
             temporary.write_text(json.dumps(said))
             temporary.replace(self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

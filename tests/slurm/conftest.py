@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from launchers.job import ENDED
+
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "slurm" / "mini" / "mini_slurm.py"
 CLUSTER = ROOT / "slurm" / "clusters" / "mini.toml"
@@ -157,7 +159,7 @@ class Run:
         self.wait(f"{number} iterations are done", lambda: len(self.iterations()) >= number, timeout_s)
 
     def wait_for_end(self, standing: str, timeout_s: float = 180.0) -> None:
-        self.wait("the run has ended", lambda: self.state["standing"] in ("finished", "stopped", "failed"), timeout_s)
+        self.wait("the run has ended", lambda: self.state["standing"] in ENDED, timeout_s)
         assert self.state["standing"] == standing, self.told()
 
     def told(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import CLUSTER, SMALL, MiniSlurm, Run, processes
+from tests.slurm.conftest import CLUSTER, ROOT, SMALL, MiniSlurm, Run, processes
 
 TWO_TRAINERS = (*SMALL, "launch.num_trainer_nodes=2")
 
@@ -76,10 +77,15 @@ def test_a_trainer_that_crashes_before_any_new_checkpoint_ends_the_chain(
 
 @pytest.mark.slow
 def test_users_look_stop_and_cancel(slurm: MiniSlurm, tiny_model: Path, run: Run) -> None:
+    """Nothing of an environment that a user writes is lost, or becomes code, on its way to the trainer."""
+    note = "a b $(touch pwned) `touch pwned` 'it is' \"so\"\nnext line"
+    file = run.path.parent / "my.toml"
+    file.write_text(CLUSTER.read_text().replace("[environment]\n", f"[environment]\nNOTE = {json.dumps(note)}\n"))
     settings = run.settings(tiny_model, tiny_model)
-    arguments = (*settings, *SMALL, "run.num_iterations=1000", "launch.preflight=false", "--cluster", str(CLUSTER))
+    arguments = (*settings, *SMALL, "run.num_iterations=1000", "launch.preflight=false", "--cluster", str(file))
     assert slurm.launch(*arguments).returncode == 0
     run.wait_for_iterations(1)
+    assert processes("reval_mcore.cli train", str(run.path), f"\0NOTE={note}\0")
     told = slurm.launch("status", str(run.path)).stdout
     for expected in ("RUNNING", "running", "attempt_000", "iteration", "step_0"):
         assert expected in told
@@ -101,11 +107,45 @@ def test_users_look_stop_and_cancel(slurm: MiniSlurm, tiny_model: Path, run: Run
 
     assert slurm.launch(*arguments).returncode == 0  # the same command goes on from there
     run.wait_for_iterations(done + 1)
+    assert slurm.run("scontrol", "requeue", job_of(run)).returncode == 0  # an administrator's
+    run.wait("the next attempt begins", lambda: len(run.attempts()) == 3)
+    run.wait(
+        "it trains", lambda: run.state["standing"] == "running" and (run.path / "control" / "trainer.json").exists()
+    )
     assert slurm.run("scancel", job_of(run)).returncode == 0
     run.wait("nothing of it runs", lambda: not slurm.of(run.path) and not slurm.queue(), timeout_s=60)
-    assert run.state["standing"] == "stopped"
+    assert run.state["standing"] == "cancelled"
+    assert not list(run.path.parent.rglob("pwned"))
+    assert not (ROOT / "pwned").exists()
     assert run.iterations() == list(range(len(run.iterations())))
     assert "nothing to stop" in slurm.launch("stop", str(run.path)).stdout
+
+
+def test_unfit_nodes_are_named_before_anything_starts(slurm: MiniSlurm, tiny_model: Path, run: Run) -> None:
+    file = run.path.parent / "my.toml"
+    file.write_text(CLUSTER.read_text().replace("min_free_disk_gib = 1.0", "min_free_disk_gib = 1e6"))
+    settings = (*run.settings(tiny_model, tiny_model), *SMALL, "launch.num_trainer_nodes=2", "--cluster", str(file))
+    done = slurm.launch(*settings, "--wait", timeout_s=120)
+    assert done.returncode == 1
+    for expected in ("n1: ", "n2: ", "node.min_free_disk_gib", 'exclude = "n1,n2"'):
+        assert expected in done.stdout
+    assert not (run.path / "metrics.jsonl").exists()
+
+
+def test_a_job_cancelled_in_the_queue_can_be_submitted_again(slurm: MiniSlurm, tiny_model: Path, run: Run) -> None:
+    busy = slurm.run("sbatch", "--parsable", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 600")
+    settings = (*run.settings(tiny_model, tiny_model), *SMALL, "--cluster", str(CLUSTER))
+    assert slurm.launch(*settings).returncode == 0
+    assert "PENDING" in slurm.launch("status", str(run.path)).stdout
+    refused = slurm.launch(*settings)
+    assert refused.returncode == 2
+    assert "its last job is submitted; stop it first" in refused.stderr
+    assert slurm.launch("stop", str(run.path)).returncode == 0
+    assert run.state["standing"] == "cancelled"
+    assert slurm.launch(*settings).returncode == 0
+    assert slurm.run("scancel", job_of(run)).returncode == 0  # by hand: nobody tells the run
+    assert slurm.launch(*settings).returncode == 0
+    assert slurm.run("scancel", busy.stdout.strip()).returncode == 0
 
 
 def test_what_slurm_refuses_is_told_in_its_words(slurm: MiniSlurm, tiny_model: Path, run: Run) -> None:

@@ -62,7 +62,7 @@ def test_on_one_machine_a_crash_is_survived_and_ctrl_c_stops(tiny_model: Path, t
             assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
-    assert run.state["standing"] == "stopped"
+    assert run.state["standing"] == "cancelled"
     assert run.state["num_failures"] == 1
     assert run.iterations() == list(range(len(run.iterations())))
     assert json.loads((run.path / "control" / "exit.json").read_text())["iteration"] == len(run.iterations())

@@ -54,5 +54,8 @@ def test_a_heart_beats_at_most_once_a_second(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["trainer.json"]
 
 
-def test_a_heart_that_finds_no_room_goes_on(tmp_path: Path) -> None:
+def test_a_heart_that_cannot_write_goes_on_and_leaves_nothing(tmp_path: Path) -> None:
     TrainerHeart(tmp_path / "not there").beat(0, "collect")
+    (tmp_path / "trainer.json").mkdir()
+    TrainerHeart(tmp_path).beat(0, "collect")
+    assert [path.name for path in tmp_path.iterdir()] == ["trainer.json"]

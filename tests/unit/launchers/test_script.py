@@ -137,17 +137,18 @@ def test_refusals_are_told_in_slurms_words_with_a_remedy(said: str, told: str) -
 def test_a_prepared_job_is_what_was_planned(tmp_path: Path) -> None:
     config, cluster = REPOSITORY / "configs" / "paper_7b_slurm.toml", REPOSITORY / "slurm" / "clusters" / "h100.toml"
     job = plan_job(config, [f"run.directory={tmp_path / 'run'}"], cluster)
-    prepare_job(job)
+    prepare_job(job, lambda state: True)
     assert open_job(job.run) == job
     assert read_state(job.run).standing == "submitted"
     key = job.folder / "server.key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert len(job.server_key()) > 30
     with pytest.raises(ValueError, match="its last job is submitted; stop it first"):
-        prepare_job(job)
+        prepare_job(job, lambda state: True)
+    prepare_job(job, lambda state: False)  # it was lost with its machine
     job.tell("failed", "for a reason", num_failures=2)
     assert replace(read_state(job.run), updated_at=0.0) == State(
         "failed", "for a reason", num_failures=2, updated_at=0.0
     )
-    prepare_job(job)
+    prepare_job(job, lambda state: True)
     assert read_state(job.run).num_failures == 0

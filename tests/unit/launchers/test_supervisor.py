@@ -37,10 +37,12 @@ def end(**changes: object) -> End:
         ({"reason": "finished", "asked_for": "time_limit"}, "finished"),  # it came to its end first
         ({"reason": "time_limit", "asked_for": "time_limit"}, "requeued"),
         ({"reason": "SIGUSR1", "asked_for": "time_limit"}, "requeued"),  # where Slurm gave it to the ranks too
-        ({"reason": "too_few_rollout_nodes", "asked_for": "too_few_rollout_nodes"}, "requeued"),
+        ({"reason": "stop", "asked_for": "too_few_rollout_nodes", "is_newer": True}, "requeued"),
+        ({"reason": "stop", "asked_for": "too_few_rollout_nodes", "is_node_lost": True}, "requeued"),
+        ({"reason": "stop", "asked_for": "too_few_rollout_nodes"}, "failed"),  # its servers never start
         ({"reason": "stopped by its user"}, "stopped"),
-        ({"reason": "SIGTERM", "asked_for": "SIGTERM"}, "stopped"),
-        ({"asked_for": "SIGTERM"}, "stopped"),  # killed before it could save
+        ({"reason": "SIGTERM", "asked_for": "SIGTERM"}, "cancelled"),
+        ({"asked_for": "SIGTERM"}, "cancelled"),  # killed before it could save
         ({}, "failed"),
         ({"status": 0}, "failed"),  # 0 and no record: srun says so where its node has died
         ({"reason": "error"}, "failed"),
