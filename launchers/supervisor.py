@@ -166,7 +166,8 @@ class Attempt:
             if self._signal is not None:
                 self._ask_to_stop("time_limit" if self._signal == "SIGUSR1" else "SIGTERM")
             silent_s = self._silence()
-            if silent_s > self._launch.trainer_timeout_s:
+            has_begun = self._beat[0] != ""
+            if silent_s > (self._launch.trainer_timeout_s if has_begun else self._launch.trainer_start_timeout_s):
                 return f"the trainer was silent for {silent_s:.0f} s, after {self._last_phase()}"
             self._ask_slurm()
             if not self._lost.isdisjoint(self._trainers):

@@ -289,6 +289,8 @@ class LaunchConfig(Section):
     """How often in a row the servers or the collector of a node are started again; then it is given up."""
     trainer_timeout_s: float = Field(default=1800.0, gt=0.0)
     """A trainer that has come to no new phase for so long is ended and started again from its checkpoint."""
+    trainer_start_timeout_s: float = Field(default=3600.0, gt=0.0)
+    """The same before its first phase: reading weights, the first contact of all processes."""
     preflight: bool = True
     """Look at every node before anything starts: filesystem, GPUs, clocks, disk, versions, network."""
 
