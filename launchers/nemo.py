@@ -32,16 +32,10 @@ _PLAIN = re.compile(r"[\w./@+-]+", re.ASCII)  # of paths that nemo-run passes on
 def script_of(job: Job) -> str:
     """What its one task runs, without arguments and variables, which nemo-run would have to quote. Slurm signals every
     task of the job ahead of the time limit; what the supervisor starts ignores it."""
-    return "\n".join(
-        [
-            f"cd {shlex.quote(str(Path.cwd()))}",
-            "# for its record, and for who looks at the run; the signals that everybody gets are not for tee",
-            f"exec > >(trap '' USR1 TERM; exec tee -a {shlex.quote(str(job.log))}) 2>&1",
-            f"export PYTHONPATH={shlex.quote(str(plain.REPOSITORY))}",
-            f"exec {shlex.quote(job.cluster.supervisor_python)} -u -m launchers.supervisor {shlex.quote(str(job.run))}",
-            "",
-        ]
-    )
+    first, *others = plain.supervisor_lines(job)
+    # for its record, and for who looks at the run; the signals that everybody gets are not for tee
+    tee = f"exec > >(trap '' USR1 TERM; exec tee -a {shlex.quote(str(job.log))}) 2>&1"
+    return "\n".join([first, tee, *others, ""])
 
 
 def check(job: Job) -> None:
@@ -93,7 +87,7 @@ def executor_of(job: Job, nemo_run: Any) -> Any:
 def submit(job: Job, cluster_file: Path) -> str:
     """Its job id. Raises ValueError in Slurm's own words, with what to do."""
     try:
-        nemo_run = importlib.import_module("nemo_run")  # half a minute of imports on a slow filesystem: only here
+        nemo_run = importlib.import_module("nemo_run")  # two seconds of imports, and an extra: only here
     except ModuleNotFoundError as error:
         raise ValueError(
             f'nemo-run does not import ({error}); pip install "reval_mcore[launch]", which pins the leptonai it needs'
@@ -109,7 +103,7 @@ def submit(job: Job, cluster_file: Path) -> str:
             record.add(nemo_run.Script(str(job.folder / "task.sh")), name="reval", tail_logs=False)
             record.run(detach=True, sequential=False)
             (submitted,) = record.jobs
-    except Exception as error:  # of whatever library is below it
+    except Exception as error:  # of any library below it; a run that was not submitted must not seem to be
         job.tell("failed", f"not submitted: {error}")
         raise ValueError(plain.refusal(str(error).strip(), cluster_file)) from error
     job_id = str(submitted.handle).rpartition("/")[2]

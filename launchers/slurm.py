@@ -97,12 +97,19 @@ def render(job: Job) -> str:
             *modules,
             "set -eu",
             "unset SLURM_EXPORT_ENV  # else steps would see no more of the environment than this script was given",
-            f"cd {shlex.quote(str(Path.cwd()))}",
-            f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}",
-            f"exec {shlex.quote(job.cluster.supervisor_python)} -u -m launchers.supervisor {shlex.quote(str(job.run))}",
+            *supervisor_lines(job),
             "",
         ]
     )
+
+
+def supervisor_lines(job: Job) -> list[str]:
+    """From where this command was given, so that relative paths mean the same."""
+    return [
+        f"cd {shlex.quote(str(Path.cwd()))}",
+        f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}",
+        f"exec {shlex.quote(job.cluster.supervisor_python)} -u -m launchers.supervisor {shlex.quote(str(job.run))}",
+    ]
 
 
 def check_script(script: str) -> None:

@@ -206,7 +206,7 @@ def run(directory: Path, num_layers: int) -> dict[str, Any]:
         "device": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
         "model": f"Qwen2.5-Math-7B's shapes, {num_layers} of {_FULL_LAYERS} layers, bfloat16",
         "num_bytes": num_bytes,
-        "page_cache": "the source is in it before every step, conversion or copy; memory is full of other files",
+        "page_cache": "the source is in it before every step, conversion or copy; other files filled memory before",
         "start": asdict(start),
         "hf_to_mcore": _figures(num_bytes, *to_mcore, start.seconds, full_bytes),
         "mcore_to_hf": _figures(num_bytes, *to_hf, start.seconds, full_bytes),
