@@ -26,7 +26,13 @@ from reval_mcore.rollout.engine import (
 )
 from reval_mcore.rollout.sglang_fleet import NONE_ANNOUNCED, FindServers, Fleet, Member, backoff_s
 from reval_mcore.rollout.sglang_replies import Partial, read_reply
-from reval_mcore.rollout.sglang_server import BrokenConnectionError, NoAnswerError, ServerError, SGLangServer
+from reval_mcore.rollout.sglang_server import (
+    BrokenConnectionError,
+    NoAnswerError,
+    NoWeightsError,
+    ServerError,
+    SGLangServer,
+)
 from reval_mcore.rollout.weight_sync import WeightSync, label_of, version_of
 
 logger = logging.getLogger(__name__)
@@ -245,7 +251,7 @@ class SGLangEngine:
             return
         if not member.is_fit:  # lost already, by another request: one failure and not one for each
             return
-        if isinstance(error, BrokenConnectionError):
+        if isinstance(error, BrokenConnectionError | NoWeightsError):
             await self._fleet.doubt(member, error)
         else:
             await self._fleet.lose(member, error)
@@ -308,7 +314,7 @@ class SGLangEngine:
 
     async def _end(self, rid: str, member: Member) -> None:
         """Nobody waits for it any more; a server that does not hear this is not asked again."""
-        if member.is_fit:
+        if not member.is_missed:
             try:
                 await member.server.post("/abort_request", {"rid": rid}, 5.0)
             except ServerError as error:

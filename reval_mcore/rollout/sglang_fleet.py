@@ -17,12 +17,18 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 from reval_mcore.rollout.engine import EngineError
-from reval_mcore.rollout.sglang_server import NoAnswerError, NoWeightsError, ServerError, ServerInfo, SGLangServer
+from reval_mcore.rollout.sglang_server import (
+    UPDATING,
+    NoAnswerError,
+    NoWeightsError,
+    ServerError,
+    ServerInfo,
+    SGLangServer,
+)
 
 logger = logging.getLogger(__name__)
 
 NONE_ANNOUNCED = "none is announced in control/servers/ of the run directory"
-UPDATING = "updating"  # label of a server with half a version
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _LOOK_AROUND_S = 2.0
 FindServers = Callable[[], Collection[str]]  # the URLs of the servers that there are now; may raise OSError
@@ -188,7 +194,7 @@ class Fleet:
             self._changed.notify_all()
 
     async def doubt(self, member: Member, error: ServerError) -> None:
-        """A connection broke: lose it, unless it answers another and serves what is wanted."""
+        """A connection broke, or an update was going on: lose it, unless it answers and serves what is wanted."""
         try:
             is_there = self._is_wanted(await member.server.served_weights(self._timeout_s))
         except ServerError:

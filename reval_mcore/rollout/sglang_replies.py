@@ -10,8 +10,7 @@ import numpy as np
 
 from reval_mcore.records import FinishReason, VersionSpan
 from reval_mcore.rollout.engine import GenerationResponse
-from reval_mcore.rollout.sglang_fleet import UPDATING
-from reval_mcore.rollout.sglang_server import NoWeightsError, ServerError
+from reval_mcore.rollout.sglang_server import UPDATING, NoWeightsError, ServerError
 from reval_mcore.rollout.weight_sync import version_of
 
 

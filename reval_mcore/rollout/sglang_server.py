@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 
+UPDATING = "updating"  # label of a server with half a version, or with a whole one and what it cached of another
 _PROBE_TOKEN_IDS = (0, 1)
 
 
@@ -158,9 +159,14 @@ class SGLangServer:
         await self.post("/update_weight_version", {"new_version": label, "abort_all_requests": False}, timeout_s)
 
     async def load_weights(self, directory: str, label: str, timeout_s: float) -> None:
-        """Load a directory in HF format that the server can read; running requests end first, new ones wait."""
-        body = {"model_path": directory, "weight_version": label, "flush_cache": True}
+        """Load a directory in HF format that the server can read; running requests end first, new ones wait.
+
+        Called `label` after that, not with it: where the cache of the old weights is not thrown away at once, responses
+        made meanwhile are of both, and must not be taken for the new version's.
+        """
+        body = {"model_path": directory, "weight_version": UPDATING, "flush_cache": True}
         await self._update("/update_weights_from_disk", body, timeout_s)
+        await self.rename_weights(label, timeout_s)
 
     async def receive_weights(
         self, group: str, tensors: Sequence[tuple[str, str, Sequence[int]]], timeout_s: float
@@ -185,8 +191,6 @@ class SGLangServer:
             if error.status != 400 or "Weights were updated" not in str(error):
                 raise
             await self.post(f"/flush_cache?timeout={timeout_s:g}", {}, timeout_s)
-            if "weight_version" in body:
-                await self.rename_weights(body["weight_version"], timeout_s)
 
     async def join_group(
         self, name: str, address: tuple[str, int], rank: int, size: int, backend: str, timeout_s: float

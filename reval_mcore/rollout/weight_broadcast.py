@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from reval_mcore.rollout.sglang_fleet import UPDATING, Fleet, Member
-from reval_mcore.rollout.sglang_server import NoWeightsError, ServerError, SGLangServer
+from reval_mcore.rollout.sglang_fleet import Fleet, Member
+from reval_mcore.rollout.sglang_server import UPDATING, NoWeightsError, ServerError, SGLangServer
 from reval_mcore.rollout.weight_sync import Checksums, NamedTensors, Run, admit_agreeing
 
 logger = logging.getLogger(__name__)

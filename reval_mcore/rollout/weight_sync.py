@@ -2,7 +2,7 @@
 weight_broadcast.py).
 
 Each way ends alike: the checksums that the servers tell of what they hold must agree, and only then a server is fit.
-It is called by the label of the version once all of it is in: with the load of whole files, or after the last bucket.
+It is called by the label of the version once all of it is in: after the load of whole files, or after the last bucket.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reval_mcore.rollout.sglang_fleet import UPDATING, Fleet, Member
-from reval_mcore.rollout.sglang_server import NoWeightsError, ServerError, SGLangServer
+from reval_mcore.rollout.sglang_fleet import Fleet, Member
+from reval_mcore.rollout.sglang_server import UPDATING, NoWeightsError, ServerError, SGLangServer
 from reval_mcore.rollout.weight_directory import publish_weights, sweep_weights
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ class RecordedServer(FaultyProxy):
         self._is_open = False  # between begin and end
         self.label = "default"
         self.is_tempered = False
+        self.is_busy = False  # when it is to load: a request is just ending, and what it cached stays for now
         self.checksums: dict[str, str] = {}  # other than those recorded
         super().__init__("http://nobody:1")
 
@@ -40,6 +41,8 @@ class RecordedServer(FaultyProxy):
                 return Reply(200, json.dumps(self._generated(body)))
             case "/update_weights_from_disk":
                 self.label = body["weight_version"]
+                if self.is_busy:
+                    return recorded("load_refused", message="Weights were updated, but the cache was not flushed")
                 return recorded("load")
             case "/update_weight_version":
                 self.label = body["new_version"]

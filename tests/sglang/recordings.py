@@ -123,4 +123,6 @@ def recorded(name: str, **changes: Any) -> Reply:
     """As the real server replied, but for the values of some fields."""
     exchange = load()[name]
     assert set(changes) <= set(exchange.reply), f"{name} has no such field"
+    if isinstance(exchange.reply, str):  # text, not JSON
+        return Reply(exchange.status, exchange.reply)
     return Reply(exchange.status, json.dumps({**exchange.reply, **changes} if changes else exchange.reply))
