@@ -16,6 +16,7 @@ import pytest
 
 import tools.make_tiny_model
 import tools.tiny_task
+from tests.forks import Forks
 from tests.small_disk import SmallDisk, reason_to_skip
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ def topology() -> Iterator[Topology]:
 
 
 @pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """To start programs in."""
+    with Forks() as forks:
+        yield forks
+
+
+@pytest.fixture(scope="session")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
     """Where a function can fill the disk."""
     if (reason := reason_to_skip()) is not None:
@@ -98,13 +106,13 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def half_way(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half_way(forks: Forks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model after one iteration: it is right half of the time."""
     from tests.sglang.runs import reval, settings
 
     run = tmp_path_factory.mktemp("half_way")
-    done = reval("train", *settings(tiny_model, tiny_model, run / "run"), "run.num_iterations=1")
+    done = reval(forks, "train", *settings(tiny_model, tiny_model, run / "run"), "run.num_iterations=1")
     assert done.returncode == 0, done.stderr
-    done = reval("export", str(run / "run"), "--out", str(run / "model"))
+    done = reval(forks, "export", str(run / "run"), "--out", str(run / "model"))
     assert done.returncode == 0, done.stderr
     return run / "model"

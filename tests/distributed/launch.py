@@ -9,25 +9,24 @@ where the last is a time of `time.monotonic()`, which all processes of a machine
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import faulthandler
 import importlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-_ROOT = Path(__file__).parents[2]
+from tests.forks import Fork, Forks
+
 _GRACE_S = 5.0  # stuck processes say where they hang and end themselves; the parent kills them this much later
 _POLL_S = 0.05
 
@@ -41,7 +40,7 @@ class DeadlinePassed(Exception):
 
 
 def run_distributed(
-    function_path: str, world_size: int, timeout_s: float, arguments: Mapping[str, Any] | None = None
+    forks: Forks, function_path: str, world_size: int, timeout_s: float, arguments: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Call `module:function(**arguments)` in `world_size` processes; returns what each rank printed.
 
@@ -50,27 +49,16 @@ def run_distributed(
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Fork] = []
     ends_at_s = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as directory:
         logs = [Path(directory) / f"{rank}.log" for rank in range(world_size)]
         try:
             for rank, log in enumerate(logs):
+                what = (function_path, json.dumps(dict(arguments or {})), str(ends_at_s))
+                env = _environment(rank, world_size, store.port)
                 with log.open("wb") as file:
-                    processes.append(
-                        subprocess.Popen(
-                            [
-                                *(sys.executable, "-W", "ignore", "-m", __name__),
-                                *(function_path, json.dumps(dict(arguments or {})), str(ends_at_s)),
-                            ],
-                            cwd=_ROOT,
-                            env=_environment(rank, world_size, store.port),
-                            stdin=subprocess.DEVNULL,
-                            stdout=file,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,
-                        )
-                    )
+                    processes.append(forks.start(__name__, *what, env=env, stdout=file))
             _wait(processes, logs, hard_deadline=ends_at_s + _GRACE_S)
             return [log.read_text(errors="replace") for log in logs]
         finally:
@@ -79,10 +67,7 @@ def run_distributed(
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(_ROOT),
-        "CUDA_VISIBLE_DEVICES": "",  # ranks are processes on the CPU, whatever else the machine has
-        "OMP_NUM_THREADS": "1",
+    return {
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -94,7 +79,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], *, hard_deadline: float) -> None:
+def _wait(processes: list[Fork], logs: list[Path], *, hard_deadline: float) -> None:
     """Until all have ended well. Ranks that hang end themselves at their deadline, each with a report."""
     while True:
         codes = [process.poll() for process in processes]
@@ -124,12 +109,10 @@ def _told(logs: list[Path], codes: list[int | None], shown: list[bool]) -> str:
     )
 
 
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
+def _kill_session(process: Fork) -> None:
     """End the process and all that it started, and see them gone."""
     members = [other for other in psutil.process_iter() if _group_of(other.pid) == process.pid]
-    with contextlib.suppress(ProcessLookupError):  # none of them is left
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     while any(map(_is_alive, members)):
         time.sleep(_POLL_S)
 
@@ -150,6 +133,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _main(function_path: str, arguments: str, ends_at_s: str) -> None:
+    warnings.simplefilter("ignore")
     faulthandler.dump_traceback_later(max(float(ends_at_s) - time.monotonic(), 0.1), exit=True)
     module, _, function = function_path.partition(":")
     try:

@@ -11,6 +11,7 @@ import pytest
 from reval_mcore.conversion.to_mcore import convert_to_mcore
 from tests.builders import FAMILY_FIELDS, save_model
 from tests.distributed.launch import run_distributed
+from tests.forks import Forks
 
 CASES = "tests.distributed.family_cases"
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -36,18 +37,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_family_is_that_of_transformers(layout: str, models: dict[str, str]) -> None:
+def test_every_family_is_that_of_transformers(forks: Forks, layout: str, models: dict[str, str]) -> None:
     world_size, parallel = LAYOUTS[layout]
-    run_distributed(f"{CASES}:check", world_size, 150.0, {"models": models, "parallel": parallel})
+    run_distributed(forks, f"{CASES}:check", world_size, 150.0, {"models": models, "parallel": parallel})
 
 
-def test_a_rank_reads_only_its_slices(models: dict[str, str]) -> None:
-    run_distributed(f"{CASES}:read_slices", 4, 100.0, {"model": models["qwen2"], "parallel": TP2 | PP2})
+def test_a_rank_reads_only_its_slices(forks: Forks, models: dict[str, str]) -> None:
+    run_distributed(forks, f"{CASES}:read_slices", 4, 100.0, {"model": models["qwen2"], "parallel": TP2 | PP2})
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama_tied"])
 def test_trained_under_a_layout_and_converted_it_is_the_same_model(
-    name: str, models: dict[str, str], tmp_path: Path
+    forks: Forks, name: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     arguments = {"model": models[name], "directory": str(tmp_path / "run"), "parallel": TP2 | PP2}
-    run_distributed(f"{CASES}:train_and_export", 4, 150.0, arguments)
+    run_distributed(forks, f"{CASES}:train_and_export", 4, 150.0, arguments)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.builders import max_difference, save_qwen2
 from tests.distributed.launch import run_distributed
+from tests.forks import Forks
 
 pytestmark = pytest.mark.timeout(900)  # several runs a test; each has its own deadline
 
@@ -55,23 +56,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def run(function: str, out: Path, hf_path: Path, world_size: int, **arguments: Any) -> Path:
+def run(forks: Forks, function: str, out: Path, hf_path: Path, world_size: int, **arguments: Any) -> Path:
     out.mkdir(parents=True)
     arguments |= {"hf_path": str(hf_path), "directory": str(out)}
-    run_distributed(f"{CASES}:{function}", world_size, 150.0, arguments)
+    run_distributed(forks, f"{CASES}:{function}", world_size, 150.0, arguments)
     return out
 
 
 @pytest.fixture(scope="module")
-def ones(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def ones(forks: Forks, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What one process does."""
     root = tmp_path_factory.mktemp("one")
-    return {kind: run("work", root / kind, models[kind], 1, parallel={}) for kind in models}
+    return {kind: run(forks, "work", root / kind, models[kind], 1, parallel={}) for kind in models}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def pair(
     request: pytest.FixtureRequest,
+    forks: Forks,
     models: dict[str, Path],
     ones: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -79,7 +81,7 @@ def pair(
     """(what one process wrote, what the layout wrote)."""
     kind, world_size, parallel = LAYOUTS[request.param]
     out = tmp_path_factory.mktemp("layout") / request.param
-    return ones[kind], run("work", out, models[kind], world_size, parallel=parallel)
+    return ones[kind], run(forks, "work", out, models[kind], world_size, parallel=parallel)
 
 
 def relative_gap(found: np.ndarray, expected: np.ndarray) -> float:
@@ -148,14 +150,16 @@ def test_the_reference_scores_what_it_was_before_the_updates(pair: tuple[Path, P
 BF16_BOUND = 0.35
 
 
-def test_bf16_stays_near_fp32_in_one_process_and_under_a_layout(models: dict[str, Path], tmp_path: Path) -> None:
+def test_bf16_stays_near_fp32_in_one_process_and_under_a_layout(
+    forks: Forks, models: dict[str, Path], tmp_path: Path
+) -> None:
     scores = {}
     for name, world_size, parallel, precision in (
         ("fp32", 1, {}, "fp32"),
         ("one", 1, {}, "bf16"),
         ("four", 4, TP2 | PP2 | SP, "bf16"),
     ):
-        out = run("score", tmp_path / name, models["untied"], world_size, parallel=parallel, precision=precision)
+        out = run(forks, "score", tmp_path / name, models["untied"], world_size, parallel=parallel, precision=precision)
         scores[name] = dict(np.load(out / "scores.npz"))
     for name in ("one", "four"):
         for field in ("logprobs", "initial_value", "final_value"):
@@ -175,11 +179,11 @@ def test_bf16_stays_near_fp32_in_one_process_and_under_a_layout(models: dict[str
         ("padded_columns_unmasked", 2, TP2),
     ],
 )
-def test_a_mutation_turns_the_comparison_red(
+def test_a_mutation_turns_the_comparison_red(forks: Forks,
     mutation: str, world_size: int, parallel: Mapping[str, Any], models: dict[str, Path], ones: dict[str, Path],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    out = run("mutated", tmp_path / mutation, models["untied"], world_size, parallel=parallel, mutation=mutation)
+    out = run(forks, "mutated", tmp_path / mutation, models["untied"], world_size, parallel=parallel, mutation=mutation)
     pair = ones["untied"], out
     with pytest.raises(AssertionError):
         test_gradients_are_equal_in_fp64_in_one_pass_and_in_two(pair, 1)
@@ -191,7 +195,7 @@ def test_a_mutation_turns_the_comparison_red(
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_a_checkpoint_moves_between_layouts(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_moves_between_layouts(forks: Forks, models: dict[str, Path], tmp_path: Path) -> None:
     """TP2 x PP2 writes; DP2, then one process, then TP2 x PP2 load it and write it again: the same to the last bit.
 
     What is compared is every tensor of the checkpoints: weights, Adam's moments, master weights, reference. From each
@@ -205,9 +209,16 @@ def test_a_checkpoint_moves_between_layouts(models: dict[str, Path], tmp_path: P
     ]
     source = ""
     for name, world_size, parallel in ways:
-        out = run("go_on", tmp_path / name, models["untied"], world_size, parallel=parallel, checkpoint=source)
+        out = run(forks, "go_on", tmp_path / name, models["untied"], world_size, parallel=parallel, checkpoint=source)
         source = str(out / "checkpoint")
-    run("compare", tmp_path / "compare", models["untied"], 1, checkpoints=[str(tmp_path / way[0]) for way in ways])
+    run(
+        forks,
+        "compare",
+        tmp_path / "compare",
+        models["untied"],
+        1,
+        checkpoints=[str(tmp_path / way[0]) for way in ways],
+    )
     first, *others = (tmp_path / way[0] for way in ways)
     expected, before = load_file(first / "weights.safetensors"), load_file(first / "saved.safetensors")
     for other in others:

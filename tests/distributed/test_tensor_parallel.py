@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from tests.builders import max_difference, same_tensors, save_qwen2, source_tensors
 from tests.distributed.launch import run_distributed
+from tests.forks import Forks
 
 CASES = "tests.distributed.tensor_parallel_cases"
 
 
-def test_logsumexp_over_two_ranks_equals_dense_fp64() -> None:
+def test_logsumexp_over_two_ranks_equals_dense_fp64(forks: Forks) -> None:
     """100 and 65 of 128: padding in the upper part of the last shard; 64 and 40: rank 1 holds padding only."""
-    run_distributed(f"{CASES}:logsumexp", 2, 120.0, {"num_valid": [128, 100, 65, 64, 40]})
+    run_distributed(forks, f"{CASES}:logsumexp", 2, 120.0, {"num_valid": [128, 100, 65, 64, 40]})
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,23 @@ class Runs:
 
 # 301 of 512 rows: rank 1 holds some; 101 of 256: rank 1 holds padding only
 @pytest.fixture(scope="module", params=["untied_301", "tied_101"])
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     kind, rows = request.param.split("_")
     root = tmp_path_factory.mktemp(request.param)
     hf_path = save_qwen2(root / "model", vocab_size=int(rows), tie_word_embeddings=kind == "tied")
     directories = {1: root / "one", 2: root / "two"}
     for world_size, directory in directories.items():
         directory.mkdir()
-        run_distributed(f"{CASES}:live", world_size, 240.0, {"hf_path": str(hf_path), "directory": str(directory)})
+        run_distributed(
+            forks, f"{CASES}:live", world_size, 240.0, {"hf_path": str(hf_path), "directory": str(directory)}
+        )
     for world_size, directory in directories.items():
         arguments = {
             "hf_path": str(hf_path),
             "checkpoint": str(directories[3 - world_size] / "checkpoint"),
             "directory": str(directory),
         }
-        run_distributed(f"{CASES}:continue_from", world_size, 240.0, arguments)
+        run_distributed(forks, f"{CASES}:continue_from", world_size, 240.0, arguments)
     notes = [
         json.loads((directory / f"rank{rank}.json").read_text(encoding="utf-8"))
         for directory, rank in ((directories[1], 0), (directories[2], 0), (directories[2], 1))

@@ -26,6 +26,7 @@ from tests.builders import (
     update,
 )
 from tests.distributed.launch import run_distributed
+from tests.forks import Forks
 
 if TYPE_CHECKING:
     from reval_mcore.config import Config
@@ -65,9 +66,9 @@ def test_the_shim_is_off(topology: Topology) -> None:
     assert topology.device.type == "cuda"
 
 
-def test_scores_equal_those_of_the_cpu(hf_path: Path, topology: Topology, tmp_path: Path) -> None:
+def test_scores_equal_those_of_the_cpu(forks: Forks, hf_path: Path, topology: Topology, tmp_path: Path) -> None:
     arguments = {"hf_path": str(hf_path), "out": str(tmp_path / "cpu.npz")}
-    run_distributed("tests.gpu.cpu_scores:score", 1, 180.0, arguments)
+    run_distributed(forks, "tests.gpu.cpu_scores:score", 1, 180.0, arguments)
     cpu = np.load(tmp_path / "cpu.npz")
     gpu = make_learner(make_config(hf_path), topology).score(make_batch(20))
     for name in ("trajectory_score", "initial_value", "final_value", "logprobs"):

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from typing import Any
 
 import psutil
 
+from tests.forks import Forks
 from tests.integration.killed import Kill, Plan
 
-ROOT = Path(__file__).parents[2]
 _DEADLINE_S = 150.0
 _ORPHAN_DEADLINE_S = 20.0  # a verifier worker that is busy ends a second after the deadline of its answer
 _GRACE_S = 5.0  # a stuck process says where it hangs and ends itself
@@ -118,6 +117,7 @@ def _end_of(events: Sequence[Event]) -> float:
 
 
 def attempt(
+    forks: Forks,
     run: Path,
     arguments: Sequence[str],
     kill: Kill | None = None,
@@ -134,19 +134,12 @@ def attempt(
     trace.write_bytes(b"")  # there also where the process does not get so far as to open it
     plan = Plan(str(run), str(trace), time.monotonic() + deadline_s, kill)
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes), "-m")
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", *(launcher if num_processes > 1 else ())),
-                *("tests.integration.killed", plan.dumps(), *arguments),
-            ],
-            cwd=ROOT,
-            # the same sums in the same order, whatever the machine
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            stdout=file,  # not a pipe, whose end would wait for what is left behind
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    program = ("tests.integration.killed", plan.dumps(), *arguments)
+    with log.open("wb") as file:  # not a pipe, whose end would wait for what is left behind
+        process = forks.start(
+            *(*launcher, *program) if num_processes > 1 else program,
+            env={"GLOO_SOCKET_IFNAME": "lo"},
+            stdout=file,
         )
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):

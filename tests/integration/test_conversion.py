@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,8 @@ import pytest
 
 from reval_mcore.durable import crc32
 from tests.builders import same_tensors, save_qwen2, source_tensors
-from tests.integration.test_train import ROOT, SMALL, paths_of, reval
+from tests.forks import Fork, Forks
+from tests.integration.test_train import SMALL, paths_of, reval
 
 _NUM_KILLS = 2
 _DEADLINE_S = 200.0
@@ -29,32 +26,21 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_qwen2(tmp_path_factory.mktemp("conversion") / "hf", **sizes)
 
 
-def start(tool: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", f"tools.{tool}", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def convert(forks: Forks, tool: str, *arguments: str, status: int = 0) -> str:
+    """What it printed."""
+    done = forks.run(f"tools.{tool}", *arguments, timeout_s=_DEADLINE_S)
+    assert done.returncode == status, done.stderr
+    return done.stdout
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=_DEADLINE_S)
-    assert process.returncode == 0, err
-    return out
-
-
-def kill_within(process: subprocess.Popen[str], progress: Path, stream: random.Random) -> None:
+def kill_within(process: Fork, progress: Path, stream: random.Random) -> None:
     """SIGKILL after its first part is on the disk, or a moment later."""
     deadline = time.monotonic() + _DEADLINE_S
     while process.poll() is None and not progress.exists():
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(stream.uniform(0.0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
 
 
 def contents(directory: Path) -> dict[str, int]:
@@ -63,7 +49,7 @@ def contents(directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.timeout(900)  # a dozen processes; 60 s on a free machine
-def test_killed_at_random_moments_both_tools_end_with_the_same_files(hf: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_both_tools_end_with_the_same_files(forks: Forks, hf: Path, tmp_path: Path) -> None:
     stream = random.Random(0)
     ways = (
         ("convert_hf_to_mcore", ("--hf", str(hf))),
@@ -72,23 +58,25 @@ def test_killed_at_random_moments_both_tools_end_with_the_same_files(hf: Path, t
     for tool, source in ways:
         kind = tool.rpartition("_")[2]
         whole, out = tmp_path / f"whole_{kind}", tmp_path / kind
-        finish(start(tool, *source, "--out", str(whole)))
+        convert(forks, tool, *source, "--out", str(whole))
         for _ in range(_NUM_KILLS):
-            process = start(tool, *source, "--out", str(out))
+            process = forks.start(f"tools.{tool}", *source, "--out", str(out))
             kill_within(process, tmp_path / f".{kind}.converting" / "progress.jsonl", stream)
             if out.exists():  # it was faster: what is there is whole, see below
                 break
         if not out.exists():
-            finish(start(tool, *source, "--out", str(out)))
+            convert(forks, tool, *source, "--out", str(out))
         assert contents(out) == contents(whole)
     assert same_tensors(source_tensors(tmp_path / "hf"), source_tensors(hf))
 
 
 @pytest.mark.timeout(900)
-def test_a_run_starts_from_a_converted_model_and_its_policy_comes_back_out(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_a_converted_model_and_its_policy_comes_back_out(
+    forks: Forks, tiny_model: Path, tmp_path: Path
+) -> None:
     """The same run as from the HF directory, which the converted one stands in for altogether."""
     converted = tmp_path / "converted"
-    said = finish(start("convert_hf_to_mcore", "--hf", str(tiny_model), "--out", str(converted), "--verify"))
+    said = convert(forks, "convert_hf_to_mcore", "--hf", str(tiny_model), "--out", str(converted), "--verify")
     assert "tensors: 0 of" in said
     assert not list(converted.rglob("*.safetensors"))
     metrics = []
@@ -97,18 +85,14 @@ def test_a_run_starts_from_a_converted_model_and_its_policy_comes_back_out(tiny_
         ("from_hf", ()),
         ("from_mcore", (f"model.hf_path={converted}", f"model.checkpoint={converted}")),
     ):
-        done = reval("train", "configs/demo.toml", *paths_of(tiny_model, tmp_path / name), *short, *model)
+        done = reval(forks, "train", "configs/demo.toml", *paths_of(tiny_model, tmp_path / name), *short, *model)
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         metrics.append([{k: v for k, v in line.items() if "seconds" not in k and k != "time"} for line in lines])
     assert metrics[0] == metrics[1]
     run, out = tmp_path / "from_mcore", tmp_path / "out"
-    said = finish(start("convert_mcore_to_hf", "--checkpoint", str(run), "--out", str(out), "--verify"))
+    said = convert(forks, "convert_mcore_to_hf", "--checkpoint", str(run), "--out", str(out), "--verify")
     assert "tensors: 0 of" in said
-    inspect = start("inspect_checkpoint", str(run), str(out))
-    assert "all the same" in finish(inspect)
-    inspect = start("inspect_checkpoint", str(tiny_model), str(out))
-    said, _ = inspect.communicate(timeout=_DEADLINE_S)
-    assert inspect.returncode == 1
-    assert "tensors differ" in said
-    assert "iteration 2, " in finish(start("inspect_checkpoint", str(run)))
+    assert "all the same" in convert(forks, "inspect_checkpoint", str(run), str(out))
+    assert "tensors differ" in convert(forks, "inspect_checkpoint", str(tiny_model), str(out), status=1)
+    assert "iteration 2, " in convert(forks, "inspect_checkpoint", str(run))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from reval_mcore.mcore.topology import Topology
+from tests.forks import Forks
 from tests.integration.attempts import Attempt, Moment, attempt, moments
 from tests.integration.killed import START, Kill
 from tests.integration.runs import differences, outcome, told
@@ -95,7 +96,7 @@ Train = Callable[[str, Mode, Sequence[Kill]], Run]
 
 
 @pytest.fixture(scope="module")
-def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+def train(forks: Forks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """The run of a name and a mode: one process for each kill, and one more that comes to the end."""
     root = tmp_path_factory.mktemp("kills")
 
@@ -106,7 +107,7 @@ def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
         files = (f"model.hf_path={tiny_model}", f"prompts.train={prompts}/train.jsonl")
         more = (f"prompts.held_out={prompts}/held_out.jsonl", f"run.directory={path}")
         arguments = ("train", "configs/demo.toml", *files, *more, *SMALL, *mode.overrides)
-        attempts = [attempt(path, arguments, kill) for kill in (*kills, None)]
+        attempts = [attempt(forks, path, arguments, kill) for kill in (*kills, None)]
         return Run(mode, path, tuple(attempts))
 
     return train

@@ -19,6 +19,7 @@ from reval_mcore.mcore.topology import Topology
 from reval_mcore.replay.shards import read_trajectories
 from tests.distributed.launch import run_distributed
 from tests.distributed.layout_cases import tensors_of
+from tests.forks import Forks
 from tests.integration.attempts import Attempt, attempt
 from tests.integration.killed import Kill
 from tests.integration.runs import checkpoint, differences, outcome, told
@@ -46,15 +47,17 @@ def arguments_of(tiny_model: Path, run: Path, *overrides: str) -> tuple[str, ...
     return (*paths_of(tiny_model, run), *SMALL, *SAVING, *overrides)
 
 
-def train(tiny_model: Path, run: Path, num_processes: int, *overrides: str, kill: Kill | None = None) -> Attempt:
+def train(
+    forks: Forks, tiny_model: Path, run: Path, num_processes: int, *overrides: str, kill: Kill | None = None
+) -> Attempt:
     run.parent.mkdir(parents=True, exist_ok=True)
     arguments = ("train", "configs/demo.toml", *arguments_of(tiny_model, run, *overrides))
-    return attempt(run, arguments, kill, num_processes=num_processes, deadline_s=DEADLINE_S)
+    return attempt(forks, run, arguments, kill, num_processes=num_processes, deadline_s=DEADLINE_S)
 
 
-def finish(tiny_model: Path, run: Path, num_processes: int, *overrides: str) -> str:
+def finish(forks: Forks, tiny_model: Path, run: Path, num_processes: int, *overrides: str) -> str:
     """What it printed; it must end well."""
-    done = train(tiny_model, run, num_processes, *overrides)
+    done = train(forks, tiny_model, run, num_processes, *overrides)
     assert done.status == 0, done.told()
     return done.output
 
@@ -83,22 +86,24 @@ def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]])
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(forks: Forks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, one pass over each batch; every shard is kept."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    finish(tiny_model, run, 1, "updates.passes=1")
+    finish(forks, tiny_model, run, 1, "updates.passes=1")
     return run
 
 
 @pytest.fixture(scope="module")
-def under(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+def under(
+    forks: Forks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, str]]:
     """(the run under a layout that nothing disturbed, what it printed); not to be written to."""
 
     @functools.cache
     def under(layout: str) -> tuple[Path, str]:
         num_processes, parallel = LAYOUTS[layout]
         run = tmp_path_factory.mktemp(layout) / "run"
-        return run, finish(tiny_model, run, num_processes, *parallel)
+        return run, finish(forks, tiny_model, run, num_processes, *parallel)
 
     return under
 
@@ -123,15 +128,15 @@ def test_a_run_under_a_layout_is_the_run_of_one_process(
 
 
 def test_a_signal_to_any_rank_stops_all_and_another_layout_goes_on(
-    alone: Path, tiny_model: Path, tmp_path: Path
+    forks: Forks, alone: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     at_its_shard = Kill(r"rename .* -> replay/shards/inline001-0000-000002\.parquet", number=signal.SIGUSR1)
-    stopped = train(tiny_model, run, 2, *TP2, kill=at_its_shard)
+    stopped = train(forks, tiny_model, run, 2, *TP2, kill=at_its_shard)
     assert stopped.status == 0, stopped.told()
     record = json.loads((run / "control" / "exit.json").read_text())
     assert record == {"reason": "SIGUSR1", "iteration": 3}, stopped.told()
-    finish(tiny_model, run, 2, *DP2)
+    finish(forks, tiny_model, run, 2, *DP2)
     assert_same_run(metrics(run), metrics(alone))
 
 
@@ -144,24 +149,29 @@ IN_THE_BACKGROUND = (
 
 
 def test_kills_while_several_processes_save_in_the_background(
-    alone: Path, under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path, topology: Topology
+    forks: Forks,
+    alone: Path,
+    under: Callable[[str], tuple[Path, str]],
+    tiny_model: Path,
+    tmp_path: Path,
+    topology: Topology,
 ) -> None:
     """The checkpoint before counts: the same layout ends bit for bit as if nothing had been, another up to rounding."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere" / "run"
     for kill in IN_THE_BACKGROUND:
-        killed = train(tiny_model, run, 2, *TP2, kill=kill)
+        killed = train(forks, tiny_model, run, 2, *TP2, kill=kill)
         assert killed.status != 0, killed.told()
         assert re.search(": before .*writing_000004", killed.death), killed.told()
         assert (run / "checkpoints" / "latest").readlink() == Path("step_000002")
     shutil.copytree(run, elsewhere, symlinks=True)
-    finish(tiny_model, elsewhere, 2, *DP2)
+    finish(forks, tiny_model, elsewhere, 2, *DP2)
     assert_same_run(metrics(elsewhere), metrics(alone))
-    finish(tiny_model, run, 2, *TP2)
+    finish(forks, tiny_model, run, 2, *TP2)
     assert told(differences(outcome(run), outcome(under("tp2")[0]))) == ""
 
 
 def test_a_run_is_saved_the_same_by_every_layout_that_loads_it(
-    under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path, topology: Topology
+    forks: Forks, under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path, topology: Topology
 ) -> None:
     """TP2 x PP2, DP2, one process, TP2 x PP2: every tensor, the replay index and the counters, to the last bit."""
     run = tmp_path / "run"
@@ -169,7 +179,7 @@ def test_a_run_is_saved_the_same_by_every_layout_that_loads_it(
     for iteration, (num_processes, parallel) in enumerate([(2, DP2), (1, ()), LAYOUTS["tp2_pp2"]], start=5):
         arguments = [*arguments_of(tiny_model, run, *parallel)]
         case = {"arguments": arguments, "iteration": iteration}
-        run_distributed("tests.integration.saved_again:save_again", num_processes, DEADLINE_S, case)
+        run_distributed(forks, "tests.integration.saved_again:save_again", num_processes, DEADLINE_S, case)
     num_rows = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     first, *others = (run / "checkpoints" / f"step_{iteration:06d}" for iteration in (4, 5, 6, 7))
     expected, tensors = checkpoint(first), tensors_of(first / "weights", num_rows)
@@ -186,19 +196,21 @@ def test_a_run_is_saved_the_same_by_every_layout_that_loads_it(
 # ---------------------------------------------------------------- what is wrong
 
 
-def test_a_layout_without_its_processes_is_refused_before_any_group_is_made(tiny_model: Path, tmp_path: Path) -> None:
-    refused = train(tiny_model, tmp_path / "run", 2, "parallel.context_parallel_size=4")
+def test_a_layout_without_its_processes_is_refused_before_any_group_is_made(
+    forks: Forks, tiny_model: Path, tmp_path: Path
+) -> None:
+    refused = train(forks, tiny_model, tmp_path / "run", 2, "parallel.context_parallel_size=4")
     assert "one copy of the model takes 1 x 1 x 4 = 4 processes" in refused.output
     assert "choose sizes whose product is one of 1, 2" in refused.output
     assert not (tmp_path / "run").exists()
 
 
 def test_what_the_first_rank_refuses_is_refused_by_all(
-    under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path
+    forks: Forks, under: Callable[[str], tuple[Path, str]], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(under("tp2")[0], run, symlinks=True)
-    refused = train(tiny_model, run, 2, *TP2, "objective.beta=0.7")
+    refused = train(forks, tiny_model, run, 2, *TP2, "objective.beta=0.7")
     assert refused.output.count("objective.beta = 0.7: the run was made with 0.5") == 2, refused.told()
     assert "[rank" not in refused.output, refused.told()  # how torch begins the lines of a traceback
 
@@ -209,29 +221,31 @@ HALFWAY = 5
 LEARNING = ("evaluation.interval=5", "evaluation.max_prompts=256")
 
 
-def learn(tiny_model: Path, run: Path, num_iterations: int, num_processes: int, *parallel: str) -> None:
+def learn(forks: Forks, tiny_model: Path, run: Path, num_iterations: int, num_processes: int, *parallel: str) -> None:
     arguments = (*paths_of(tiny_model, run), f"run.num_iterations={num_iterations}", *LEARNING, *parallel)
-    done = attempt(run, ("train", "configs/demo.toml", *arguments), num_processes=num_processes, deadline_s=DEADLINE_S)
+    done = attempt(
+        forks, run, ("train", "configs/demo.toml", *arguments), num_processes=num_processes, deadline_s=DEADLINE_S
+    )
     assert done.status == 0, done.told()
 
 
 @pytest.fixture(scope="module")
-def halfway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def halfway(forks: Forks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo after some iterations in one process, at about 0.5."""
     run = tmp_path_factory.mktemp("halfway") / "run"
-    learn(tiny_model, run, HALFWAY, 1)
+    learn(forks, tiny_model, run, HALFWAY, 1)
     return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [TP2, DP2], ids=["tp2", "dp2"])
 def test_the_demo_learns_in_two_processes(
-    halfway: Path, tiny_model: Path, tmp_path: Path, parallel: tuple[str, ...]
+    forks: Forks, halfway: Path, tiny_model: Path, tmp_path: Path, parallel: tuple[str, ...]
 ) -> None:
     """From a checkpoint of one process; at least 0.10 in 15 iterations."""
     run = tmp_path / "run"
     shutil.copytree(halfway, run, symlinks=True)
-    learn(tiny_model, run, HALFWAY + 15, 2, *parallel)
+    learn(forks, tiny_model, run, HALFWAY + 15, 2, *parallel)
     accuracy = [record["evaluation/accuracy"] for record in metrics(run) if "evaluation/accuracy" in record]
     print(parallel, accuracy)  # shown by -rP
     at_checkpoint = accuracy[HALFWAY // 5 - 1]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,8 @@ from reval_mcore.config import load
 from reval_mcore.plan import make_plan
 from reval_mcore.plan.traffic import TOKEN_BYTES_ON_DISK
 from reval_mcore.replay.shards import read_trajectories
+from tests.forks import ROOT, Fork, Forks
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "run.num_iterations=4",
     "rollout.num_prompts=4",
@@ -36,17 +38,21 @@ SMALL = (
 )
 
 
-def reval(*arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would. OMP_NUM_THREADS=1: the same sums in the same order, whatever the machine."""
-    return subprocess.run(
-        [sys.executable, "-m", "reval_mcore.cli", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+def reval(forks: Forks, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return forks.run("reval_mcore.cli", *arguments, timeout_s=240.0)
+
+
+@contextlib.contextmanager
+def watched(forks: Forks, *arguments: str) -> Iterator[tuple[Fork, IO[str]]]:
+    """`reval ARGUMENTS` and what it prints, as it goes."""
+    reader, writer = os.pipe()
+    with open(reader) as lines:
+        with open(writer, "wb") as out:
+            process = forks.start("reval_mcore.cli", *arguments, stdout=out)
+        try:
+            yield process, lines
+        finally:
+            process.kill()
 
 
 def paths_of(tiny_model: Path, run: Path) -> tuple[str, ...]:
@@ -58,8 +64,8 @@ def paths_of(tiny_model: Path, run: Path) -> tuple[str, ...]:
     )
 
 
-def train(tiny_model: Path, run: Path, *overrides: str) -> dict[str, Any]:
-    done = reval("train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, *overrides)
+def train(forks: Forks, tiny_model: Path, run: Path, *overrides: str) -> dict[str, Any]:
+    done = reval(forks, "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, *overrides)
     assert done.returncode == 0, done.stderr
     return json.loads((run / "summary.json").read_text())
 
@@ -71,9 +77,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(forks: Forks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run") / "small"
-    train(tiny_model, run, "checkpoint.keep=1")
+    train(forks, tiny_model, run, "checkpoint.keep=1")
     return run
 
 
@@ -156,16 +162,16 @@ def test_the_plan_of_the_run_was_right(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("refresh", ["eager", "lazy"])
-def test_a_resumed_run_is_the_same_run(tiny_model: Path, tmp_path: Path, refresh: str) -> None:
+def test_a_resumed_run_is_the_same_run(forks: Forks, tiny_model: Path, tmp_path: Path, refresh: str) -> None:
     """Stopped after iteration 4 was trained but before its checkpoint was published, and started again."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     refresh = f"reference.refresh={refresh}"
-    train(tiny_model, whole, refresh)
+    train(forks, tiny_model, whole, refresh)
     shutil.copytree(whole, again, symlinks=True)
     shutil.rmtree(again / "checkpoints" / "step_000004")
     (again / "checkpoints" / "latest").unlink()
     (again / "checkpoints" / "latest").symlink_to("step_000002")
-    train(tiny_model, again, refresh)
+    train(forks, tiny_model, again, refresh)
     assert metrics(again) == metrics(whole)
     for name in ("replay.npz",):
         with np.load(whole / "checkpoints/latest" / name) as a, np.load(again / "checkpoints/latest" / name) as b:
@@ -180,19 +186,10 @@ def test_a_resumed_run_is_the_same_run(tiny_model: Path, tmp_path: Path, refresh
 
 @pytest.mark.parametrize("asking", ["SIGTERM", "SIGUSR1", "SIGINT", "a file"])
 def test_asked_to_stop_it_finishes_the_iteration_saves_and_says_so(
-    tiny_model: Path, tmp_path: Path, finished: Path, asking: str
+    forks: Forks, tiny_model: Path, tmp_path: Path, finished: Path, asking: str
 ) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-m", "reval_mcore.cli", "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
+    with watched(forks, "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL) as (process, lines):
         assert any(line.startswith("[1/4]") for line in lines)
         if asking == "a file":
             (run / "control" / "stop").write_text(asking)
@@ -204,23 +201,14 @@ def test_asked_to_stop_it_finishes_the_iteration_saves_and_says_so(
     assert exit_record["reason"] == asking
     assert 1 <= exit_record["iteration"] < 4
     assert (run / "checkpoints" / "latest").readlink().name == f"step_{exit_record['iteration']:06d}"
-    train(tiny_model, run)
+    train(forks, tiny_model, run)
     assert metrics(run) == metrics(finished)
     assert json.loads((run / "control" / "exit.json").read_text())["reason"] == "finished"
 
 
-def test_the_second_ctrl_c_stops_at_once(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_second_ctrl_c_stops_at_once(forks: Forks, tiny_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-m", "reval_mcore.cli", "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
+    with watched(forks, "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL) as (process, lines):
         for awaited in ("[1/4]", "SIGINT: stopping at the end of this iteration; Ctrl-C stops at once"):
             assert any(line.startswith(awaited) for line in lines)
             process.send_signal(signal.SIGINT)
@@ -255,15 +243,17 @@ def test_an_error_of_ours_is_a_traceback_with_the_place_of_the_log(tiny_model: P
     assert record == {"reason": "error", "error": "RuntimeError: a fault of ours"}
 
 
-def test_debug_shows_where_an_error_of_the_user_arose(tiny_model: Path, tmp_path: Path) -> None:
+def test_debug_shows_where_an_error_of_the_user_arose(forks: Forks, tiny_model: Path, tmp_path: Path) -> None:
     arguments = ("train", "configs/demo.toml", *paths_of(tiny_model, tmp_path / "run"), "optimizer.lr=fast")
-    plain, debug = reval(*arguments), reval("--debug", *arguments)
+    plain, debug = reval(forks, *arguments), reval(forks, "--debug", *arguments)
     assert (plain.returncode, debug.returncode) == (2, 2)
     assert debug.stderr.startswith("Traceback")
     assert debug.stderr.endswith(plain.stderr)
 
 
-def test_a_checkpoint_with_a_flipped_bit_is_refused_by_file(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_flipped_bit_is_refused_by_file(
+    forks: Forks, finished: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     path = run / "checkpoints" / "latest" / "weights" / "__0_0.distcp"
@@ -271,35 +261,35 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused_by_file(finished: Path, tiny
     data[len(data) // 2] ^= 16
     path.write_bytes(data)
     more = ("run.num_iterations=6", "checkpoint.keep=1")
-    done = reval("train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, *more)
+    done = reval(forks, "train", "configs/demo.toml", *paths_of(tiny_model, run), *SMALL, *more)
     assert done.returncode == 2
     assert "step_000004: damaged (weights/__0_0.distcp); there is no older one" in done.stderr
     assert (run / "summary.json").is_file()  # a refused start leaves the run as it was
 
 
-def test_a_checkpoint_evaluates_as_its_run_did(finished: Path, tiny_model: Path) -> None:
+def test_a_checkpoint_evaluates_as_its_run_did(forks: Forks, finished: Path, tiny_model: Path) -> None:
     config = str(finished / "config.toml")
     after = json.loads((finished / "summary.json").read_text())
     for source, expected in ((("--checkpoint", str(finished / "checkpoints" / "latest")), "after"), ((), "before")):
-        done = reval("eval", config, *source)
+        done = reval(forks, "eval", config, *source)
         assert done.returncode == 0, done.stderr
         shown = dict(line.split()[:2] for line in done.stdout.splitlines()[1:])
         assert float(shown["accuracy"]) == pytest.approx(after[f"accuracy_{expected}"], abs=1e-5)
         assert float(shown["greedy_accuracy"]) == pytest.approx(after[f"greedy_accuracy_{expected}"], abs=1e-5)
 
 
-def test_an_exported_policy_is_what_the_run_trained(finished: Path, tmp_path: Path) -> None:
-    done = reval("export", str(finished), "--out", str(tmp_path / "hf"))
+def test_an_exported_policy_is_what_the_run_trained(forks: Forks, finished: Path, tmp_path: Path) -> None:
+    done = reval(forks, "export", str(finished), "--out", str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
-    done = reval("eval", str(finished / "config.toml"), "--hf", str(tmp_path / "hf"))
+    done = reval(forks, "eval", str(finished / "config.toml"), "--hf", str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     shown = dict(line.split()[:2] for line in done.stdout.splitlines()[1:])
     after = json.loads((finished / "summary.json").read_text())
     assert float(shown["accuracy"]) == pytest.approx(after["accuracy_after"], abs=1e-5)
 
 
-def test_the_curve_is_a_picture(finished: Path) -> None:
-    done = reval("report", str(finished))
+def test_the_curve_is_a_picture(forks: Forks, finished: Path) -> None:
+    done = reval(forks, "report", str(finished))
     assert done.returncode == 0, done.stderr
     picture = Path(done.stdout.strip()).read_bytes()
     assert picture.startswith(b"\x89PNG")

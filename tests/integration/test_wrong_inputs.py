@@ -10,22 +10,28 @@ import re
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import tools.make_tiny_model
-from tests.integration.forks import ROOT, UNPRIVILEGED, Forks, Told
+from tests.forks import ROOT, Forks
 from tests.integration.wrong_inputs import CASES, Bench
 
 GOLDEN = Path(__file__).parent / "wrong_inputs"
+UNPRIVILEGED = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+Reval = Callable[[Sequence[str], Path], subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
+def reval() -> Iterator[Reval]:
+    """The command in a directory, without root's privileges: permissions bind it as they bind users."""
+    with Forks(command_prefix=UNPRIVILEGED) as forks:
+        # lines as long as on every machine
+        yield lambda arguments, cwd: forks.run(
+            "reval_mcore.cli", *arguments, timeout_s=60.0, cwd=cwd, env={"COLUMNS": "120"}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +46,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def trained(bench: Bench, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def trained(bench: Bench, reval: Reval, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """With a run of one iteration; so what is wrong in a case is what the case made wrong."""
     trained = bench.copy_to(tmp_path_factory.mktemp("trained"))
-    told = forks.reval(["train", "config.toml"], cwd=trained.path)
-    assert told.status == 0, told
+    done = reval(["train", "config.toml"], trained.path)
+    assert done.returncode == 0, done
     return trained
 
 
@@ -62,19 +68,19 @@ def with_placeholders(text: str, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_wrong_input(name: str, request: pytest.FixtureRequest, forks: Forks, tmp_path: Path) -> None:
+def test_wrong_input(name: str, request: pytest.FixtureRequest, reval: Reval, tmp_path: Path) -> None:
     case = CASES[name]
     right: Bench = request.getfixturevalue("trained" if case.trained else "bench")
     bench = right.copy_to(tmp_path)
     arguments = case.make(bench)
     before = contents(tmp_path)
-    told = forks.reval(arguments, cwd=tmp_path)
-    message = with_placeholders(told.err, tmp_path)
+    done = reval(arguments, tmp_path)
+    message = with_placeholders(done.stderr, tmp_path)
     golden = GOLDEN / f"{name}.txt"
     if request.config.getoption("--update-golden"):
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(message, encoding="utf-8")
-    assert (told.status, told.out) == (2, ""), message
+    assert (done.returncode, done.stdout) == (2, ""), message
     assert message == golden.read_text(encoding="utf-8")
     check_form(message)
     assert contents(tmp_path) == before  # a refused command leaves everything as it was
@@ -121,4 +127,4 @@ def test_a_start_from_nothing_says_the_same(name: str, bench: Bench, tmp_path: P
         check=False,
     )
     expected = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
-    assert Told(done.returncode, done.stdout, with_placeholders(done.stderr, tmp_path)) == Told(2, "", expected)
+    assert (done.returncode, done.stdout, with_placeholders(done.stderr, tmp_path)) == (2, "", expected)

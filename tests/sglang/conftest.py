@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import Forks
 from tests.sglang.runs import Processes
 from tests.sglang.servers import ServerProcess, end_servers, reason_to_skip
 
@@ -62,8 +63,8 @@ def servers(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Serv
 
 
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    started = Processes(tmp_path)
+def processes(forks: Forks, tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(forks, tmp_path)
     try:
         yield started
     finally:

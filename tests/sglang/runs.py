@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.sglang.servers import API_KEY, ROOT
+from tests.forks import Fork, Forks
+from tests.sglang.servers import API_KEY
 
-_REVAL = (sys.executable, "-m", "reval_mcore.cli")
+_REVAL = "reval_mcore.cli"
 
 
-def reval(*arguments: str, timeout_s: float = 1200.0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*_REVAL, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+def reval(forks: Forks, *arguments: str, timeout_s: float = 1200.0) -> subprocess.CompletedProcess[str]:
+    return forks.run(_REVAL, *arguments, timeout_s=timeout_s)
 
 
 def settings(tiny_model: Path, hf_path: Path, run: Path) -> list[str]:
@@ -54,7 +49,7 @@ def lines_of(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def wait_for_iterations(run: Path, number: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_iterations(run: Path, number: int, process: Fork) -> None:
     deadline = time.monotonic() + 900.0
     while lines_of(run) < number:
         assert process.poll() is None, "the trainer ended"
@@ -65,15 +60,14 @@ def wait_for_iterations(run: Path, number: int, process: subprocess.Popen[bytes]
 class Processes:
     """Of one run; whatever is left is killed at the end."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, forks: Forks, directory: Path) -> None:
+        self._forks = forks
         self._directory = directory
-        self._all: list[subprocess.Popen[bytes]] = []
+        self._all: list[Fork] = []
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *arguments: str) -> Fork:
         with (self._directory / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*_REVAL, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            process = self._forks.start(_REVAL, *arguments, stdout=log)
         self._all.append(process)
         return process
 
@@ -90,6 +84,4 @@ class Processes:
 
     def kill(self) -> None:
         for process in self._all:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill()

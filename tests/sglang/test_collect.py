@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from reval_mcore.replay.shards import SHARDS, read_trajectories
+from tests.forks import Forks
 from tests.sglang.conftest import Servers
 from tests.sglang.faulty_proxy import FaultyProxy
 from tests.sglang.runs import Processes, on_servers, reval, settings, summary_of, wait_for_iterations
@@ -82,7 +83,7 @@ def loop_seconds(run: Path) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_collectors_hide_the_latency_of_servers(
-    servers: Servers, tiny_model: Path, tmp_path: Path, processes: Processes
+    forks: Forks, servers: Servers, tiny_model: Path, tmp_path: Path, processes: Processes
 ) -> None:
     """Every response takes 2 s longer: an asynchronous run takes at most 0.7 of the time of a synchronous one."""
     with contextlib.ExitStack() as stack:
@@ -105,7 +106,7 @@ def test_collectors_hide_the_latency_of_servers(
             if mode == "asynchronous":
                 processes.train(*arguments, timeout_s=400.0)
             else:
-                done = reval("train", *arguments, timeout_s=400.0)
+                done = reval(forks, "train", *arguments, timeout_s=400.0)
                 assert done.returncode == 0, done.stderr
     synchronous, asynchronous = (loop_seconds(tmp_path / mode) for mode in ("synchronous", "asynchronous"))
     print(f"synchronous {synchronous:.1f} s, asynchronous {asynchronous:.1f} s: {asynchronous / synchronous:.3f}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.forks import Forks
 from tests.sglang.conftest import Servers
 from tests.sglang.runs import Processes, on_servers, reval, settings, summary_of
 
@@ -19,12 +20,14 @@ _SEEDS = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def embedded(tiny_model: Path, half_way: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def embedded(
+    forks: Forks, tiny_model: Path, half_way: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """Summaries of the runs in one process."""
     summaries = []
     for seed in _SEEDS:
         run = tmp_path_factory.mktemp("embedded") / "run"
-        done = reval("train", *settings(tiny_model, half_way, run), _ITERATIONS, f"run.seed={seed}")
+        done = reval(forks, "train", *settings(tiny_model, half_way, run), _ITERATIONS, f"run.seed={seed}")
         assert done.returncode == 0, done.stdout + done.stderr
         summaries.append(summary_of(run))
     return summaries
@@ -34,6 +37,7 @@ def embedded(tiny_model: Path, half_way: Path, tmp_path_factory: pytest.TempPath
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_training_on_servers_gains_what_it_gains_in_one_process(
+    forks: Forks,
     mode: str,
     servers: Servers,
     tiny_model: Path,
@@ -50,7 +54,7 @@ def test_training_on_servers_gains_what_it_gains_in_one_process(
         if mode == "asynchronous":
             processes.train(*arguments, f"rollout.mode={mode}")
         else:
-            done = reval("train", *arguments)
+            done = reval(forks, "train", *arguments)
             assert done.returncode == 0, done.stdout + done.stderr
         check_run(run, mode)
         summaries.append(summary_of(run))
@@ -73,7 +77,9 @@ def check_run(run: Path, mode: str) -> None:
     assert [path.name.partition("-")[0] for path in (run / "weights").iterdir()] == ["v000015"]
 
 
-def test_servers_that_cannot_be_used_are_named(servers: Servers, tiny_model: Path, tmp_path: Path) -> None:
+def test_servers_that_cannot_be_used_are_named(
+    forks: Forks, servers: Servers, tiny_model: Path, tmp_path: Path
+) -> None:
     """Before anything is trained."""
     (url,) = servers(1)
     overrides = on_servers([url], tmp_path)
@@ -86,7 +92,7 @@ def test_servers_that_cannot_be_used_are_named(servers: Servers, tiny_model: Pat
         ),
         ([f"rollout.api_key_file={wrong_key}"], f"{url}/server_info: HTTP 401"),
     ):
-        done = reval("train", *settings(tiny_model, tiny_model, tmp_path / "run"), *overrides, *changes)
+        done = reval(forks, "train", *settings(tiny_model, tiny_model, tmp_path / "run"), *overrides, *changes)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr

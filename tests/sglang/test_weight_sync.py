@@ -13,6 +13,7 @@ import pytest
 from reval_mcore.rollout.sglang_server import SGLangServer
 from tests.builders import save_like
 from tests.distributed.launch import run_distributed
+from tests.forks import Forks
 from tests.sglang.conftest import Servers
 from tests.sglang.servers import API_KEY
 
@@ -36,11 +37,11 @@ def held_checksums(url: str) -> dict[str, str]:
     "parallel", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=["tp2", "pp2"]
 )
 def test_servers_get_what_the_trainer_has(
-    servers: Servers, tiny_model: Path, tmp_path: Path, parallel: dict[str, Any]
+    forks: Forks, servers: Servers, tiny_model: Path, tmp_path: Path, parallel: dict[str, Any]
 ) -> None:
     hf_path = save_like(tiny_model, tmp_path / "model", seed=0)
     arguments = {"hf_path": str(hf_path), "directory": str(tmp_path), "urls": servers(2), "parallel": parallel}
-    said = run_distributed("tests.sglang.sync_cases:train_and_sync", 2, 400.0, arguments)
+    said = run_distributed(forks, "tests.sglang.sync_cases:train_and_sync", 2, 400.0, arguments)
     trained = {way: json.loads((tmp_path / f"{way}.json").read_text()) for way in ("disk", "distributed")}
     assert trained["disk"] != trained["distributed"]
     for url in servers(2):  # what came last
