@@ -225,6 +225,9 @@ class SGLangEngine:
             try:
                 await self._refuse_tempered(member, sampling)
                 finish_reason = await self._ask(member, request, sampling, partial)
+            except NoWeightsError as error:  # as often as weights come
+                await self._fleet.doubt(member, error)
+                continue
             except ServerError as error:
                 num_failures += 1
                 avoid.add(member.url)
@@ -251,7 +254,7 @@ class SGLangEngine:
             return
         if not member.is_fit:  # lost already, by another request: one failure and not one for each
             return
-        if isinstance(error, BrokenConnectionError | NoWeightsError):
+        if isinstance(error, BrokenConnectionError):
             await self._fleet.doubt(member, error)
         else:
             await self._fleet.lose(member, error)

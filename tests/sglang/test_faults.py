@@ -15,7 +15,7 @@ import pytest
 
 from reval_mcore.architecture import read_spec
 from reval_mcore.records import VersionSpan
-from reval_mcore.rollout.engine import EngineError, GenerationResponse, SamplingParams
+from reval_mcore.rollout.engine import EngineError, GenerationRequest, GenerationResponse, SamplingParams
 from reval_mcore.rollout.sglang import SGLangEngine
 from reval_mcore.rollout.weight_broadcast import BroadcastSync
 from reval_mcore.rollout.weight_sync import DiskSync, FollowedWeights, WeightSync
@@ -182,7 +182,7 @@ def test_the_last_server_goes_and_the_engine_says_why(
 
 
 @pytest.mark.parametrize("way", ["disk", "distributed"])
-def test_responses_made_during_an_update_name_the_weights_that_made_them(
+def test_responses_made_during_updates_name_the_weights_that_made_them(
     connect: Connect,
     servers: Servers,
     model: EngineModel,
@@ -190,23 +190,40 @@ def test_responses_made_during_an_update_name_the_weights_that_made_them(
     way: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As a collector has them while a trainer brings new weights: each span is of its version, no server is lost."""
+    """As a collector has them while a trainer brings new weights: each span is of its version, no server is lost.
+
+    Several updates: now and then SGLang does not throw away what it cached of the weights before (once in a hundred
+    idle updates, often in busy ones).
+    """
     sync: WeightSync = BroadcastSync(backend="gloo", timeout_s=60.0, max_bucket_bytes=100_000)
     if way == "disk":
         sync = DiskSync(tmp_path / "w", companions=model.hf_path, timeout_s=60.0)
     trainer = connect(servers(2), sync)
     collector = connect(servers(2), FollowedWeights(), max_concurrent_requests=12)
     collector.follow(trainer.attempt)
-    trainer.update_weights(source_tensors(model.hf_path).items, version=3)
-    batch, responses = requests(model, 96), list[GenerationResponse]()
+    versions = range(3, 10)
+    weights = {version: (model.hf_path, model.other)[version % 2] for version in versions}
+    trainer.update_weights(source_tensors(weights[3]).items, version=3)
+    made: list[tuple[GenerationRequest, GenerationResponse]] = []
+    is_over = threading.Event()
+
+    def collect() -> None:
+        while not is_over.is_set():
+            batch = requests(model, 32)
+            made.extend(zip(batch, collector.generate(batch, model.sampling), strict=True))
+
     caplog.set_level(logging.WARNING, "reval_mcore")
-    thread = threading.Thread(target=lambda: responses.extend(collector.generate(batch, model.sampling)))
+    thread = threading.Thread(target=collect)
     thread.start()
-    time.sleep(1.0)
-    trainer.update_weights(source_tensors(model.other).items, version=4)
-    thread.join(200.0)
-    weights, seen = {3: model.hf_path, 4: model.other}, set[int]()
-    for request, response in zip(batch, responses, strict=True):
+    try:
+        for version in versions[1:]:
+            time.sleep(0.5)
+            trainer.update_weights(source_tensors(weights[version]).items, version)
+    finally:
+        is_over.set()
+        thread.join(200.0)
+    seen = set[int]()
+    for request, response in made:
         ends = [span.end for span in response.version_spans]
         assert [span.start for span in response.version_spans] == [0, *ends[:-1]]
         assert ends[-1] == len(response.token_ids)
@@ -215,7 +232,7 @@ def test_responses_made_during_an_update_name_the_weights_that_made_them(
             expected = dense_logprobs(weights[span.version], request, response.token_ids)[part]
             np.testing.assert_allclose(response.logprobs[part], expected, atol=1e-4)
             seen.add(span.version)
-    assert seen == {3, 4}
+    assert len(seen) >= 3
     assert not [record.getMessage() for record in caplog.records if record.name.startswith("reval_mcore")]
 
 
