@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-import tools.make_tiny_model
-import tools.tiny_task
 from tests.forks import Forks
 from tests.small_disk import SmallDisk, reason_to_skip
 
@@ -92,6 +90,9 @@ def cache_directory() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The warm-started model of seed 0 with its prompts; made where the cache has none of these sources."""
+    import tools.make_tiny_model  # here, for it takes seconds, which a process that only hands out tests can do without
+    import tools.tiny_task
+
     modules = (tools.make_tiny_model, tools.tiny_task)
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     path = cache_directory() / f"tiny_model-{hashlib.sha256(sources).hexdigest()[:16]}"

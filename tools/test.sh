@@ -33,8 +33,8 @@ echo "test: pytest"
 if (($#)); then
     exec "$python" -m pytest "$@"
 fi
-# side by side where a test is one process; the others have several themselves
+# side by side where a test is one process, the longest first; the others have several themselves
 status=0
-"$python" -m pytest tests/unit tests/integration -n 2 --dist loadfile || status=$?
+"$python" -m pytest tests/integration tests/unit -n 2 --dist loadfile --no-loadscope-reorder || status=$?
 "$python" -m pytest tests/distributed tests/gpu tests/oracle tests/sglang tests/slurm || status=$?
 exit "$status"

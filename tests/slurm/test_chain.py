@@ -34,7 +34,8 @@ def test_a_chain_goes_on_over_time_limits_a_failure_and_a_refused_requeue(
     another job is submitted after this one, whose trainer falls silent. No iteration is missing or there twice."""
     num_iterations = 24
     settings = run.settings(tiny_model, tiny_model)
-    slurm.submit(*settings, *TWO_TRAINERS, f"run.num_iterations={num_iterations}", "launch.trainer_timeout_s=30")
+    changes = (f"run.num_iterations={num_iterations}", "launch.trainer_timeout_s=30", "launch.preflight=false")
+    slurm.submit(*settings, *TWO_TRAINERS, *changes)
     first_job = job_of(run)
     for cut in range(2):
         run.wait_for_iterations(4 * (cut + 1))
