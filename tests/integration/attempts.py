@@ -150,10 +150,10 @@ def attempt(
         for other in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 other.kill()
-        process.wait()
+        status = process.wait()
     assert left == [], f"processes left behind: {left}\n{log.read_text(errors='replace')}"
     events = tuple(Event.of(line) for line in trace.read_text().splitlines())
-    return Attempt(process.returncode, log.read_text(errors="replace"), events)
+    return Attempt(status, log.read_text(errors="replace"), events)
 
 
 def _wait_until_gone(session: int, run: Path) -> None:

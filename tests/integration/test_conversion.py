@@ -1,19 +1,24 @@
-"""The conversion tools as commands: killed at random moments, and a run that starts from what they made."""
+"""The conversion tools: killed at random moments, without room, and a run that starts from what they made."""
 
 from __future__ import annotations
 
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reval_mcore.conversion.sources import find_checkpoint
+from reval_mcore.conversion.to_hf import convert_to_hf
+from reval_mcore.conversion.to_mcore import convert_to_mcore
 from reval_mcore.durable import crc32
 from tests.builders import same_tensors, save_qwen2, source_tensors
 from tests.forks import Fork, Forks
 from tests.integration.test_train import SMALL, paths_of, reval
+from tests.small_disk import SmallDisk
 
 _NUM_KILLS = 2
 _DEADLINE_S = 200.0
@@ -96,3 +101,26 @@ def test_a_run_starts_from_a_converted_model_and_its_policy_comes_back_out(
     assert "all the same" in convert(forks, "inspect_checkpoint", str(run), str(out))
     assert "tensors differ" in convert(forks, "inspect_checkpoint", str(tiny_model), str(out), status=1)
     assert "iteration 2, " in convert(forks, "inspect_checkpoint", str(run))
+
+
+def on_a_full_disk(disk: Path) -> dict[str, Any]:
+    hf = save_qwen2(disk.parent / "full_hf", hidden_size=128, intermediate_size=256, vocab_size=2000)
+    told = {}
+    convert_to_mcore(hf, disk.parent / "full_mcore")
+    ways: dict[str, Callable[[Path], None]] = {
+        "mcore": lambda out: convert_to_mcore(hf, out),
+        "hf": lambda out: convert_to_hf(find_checkpoint(disk.parent / "full_mcore"), out, max_shard_bytes=600_000),
+    }
+    for name, convert in ways.items():
+        with pytest.raises(OSError) as caught:
+            convert(disk / name)
+        told[name] = [caught.value.errno, str(caught.value), (disk / name).exists()]
+    return told
+
+
+def test_a_full_disk_is_named_and_nothing_is_published(small_disk: SmallDisk) -> None:
+    told = small_disk.call(on_a_full_disk, size_kb=1024, timeout_s=100)
+    for name, (number, message, is_published) in told.items():
+        assert number == 28, message
+        assert name in message
+        assert not is_published

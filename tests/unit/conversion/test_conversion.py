@@ -1,4 +1,4 @@
-"""Conversions against megatron-core's own checkpoints and safetensors' own reading; cut off, damaged, without room."""
+"""Conversions against megatron-core's own checkpoints and safetensors' own reading; cut off, damaged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -30,7 +30,6 @@ from tests.builders import (
     save_qwen2,
     source_tensors,
 )
-from tests.small_disk import SmallDisk
 
 if TYPE_CHECKING:
     from reval_mcore.mcore.topology import Topology
@@ -234,29 +233,6 @@ def test_no_part_that_is_made_from_a_damaged_file_counts(
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     convert_to_hf(source, tmp_path / "back", max_shard_bytes=5_000)
     assert same_tensors(source_tensors(tmp_path / "back"), source_tensors(hf))
-
-
-def on_a_full_disk(disk: Path) -> dict[str, Any]:
-    hf = save_qwen2(disk.parent / "full_hf", hidden_size=128, intermediate_size=256, vocab_size=2000)
-    told = {}
-    convert_to_mcore(hf, disk.parent / "full_mcore")
-    ways: dict[str, Callable[[Path], None]] = {
-        "mcore": lambda out: convert_to_mcore(hf, out),
-        "hf": lambda out: convert_to_hf(find_checkpoint(disk.parent / "full_mcore"), out, max_shard_bytes=600_000),
-    }
-    for name, convert in ways.items():
-        with pytest.raises(OSError) as caught:
-            convert(disk / name)
-        told[name] = [caught.value.errno, str(caught.value), (disk / name).exists()]
-    return told
-
-
-def test_a_full_disk_is_named_and_nothing_is_published(small_disk: SmallDisk) -> None:
-    told = small_disk.call(on_a_full_disk, size_kb=1024, timeout_s=100)
-    for name, (number, message, is_published) in told.items():
-        assert number == 28, message
-        assert name in message
-        assert not is_published
 
 
 # ---------------------------------------------------------------- wrong
