@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -216,6 +217,8 @@ class _Parent:
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each fork goes through all that was imported again, and so copies it: a second of its end
     become = _Parent(socket.socket(fileno=int(sys.argv[1]))).serve()
     if become is not None:
         become()
