@@ -31,7 +31,8 @@ from typing import IO, Any, Self
 
 ROOT = Path(__file__).parents[1]
 _IMPORTS = ("reval_mcore.assembly", "reval_mcore.report")
-_SETTLED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a process with more threads must not fork
+# a process with more threads must not fork, and one thread adds up in the same order on every machine
+_SETTLED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _MAX_REQUEST_BYTES = 1 << 17
 
 

@@ -190,6 +190,8 @@ class SGLangServer:
             # the weights are in, only the cache of the old ones was not thrown away: a request was just ending
             if error.status != 400 or "Weights were updated" not in str(error):
                 raise
+            # /model_info names the weights before until now; whoever goes by that goes on asking, and it is never idle
+            await self.rename_weights(UPDATING, timeout_s)
             await self.post(f"/flush_cache?timeout={timeout_s:g}", {}, timeout_s)
 
     async def join_group(

@@ -179,9 +179,9 @@ def test_bf16_stays_near_fp32_in_one_process_and_under_a_layout(
         ("padded_columns_unmasked", 2, TP2),
     ],
 )
-def test_a_mutation_turns_the_comparison_red(forks: Forks,
-    mutation: str, world_size: int, parallel: Mapping[str, Any], models: dict[str, Path], ones: dict[str, Path],
-    tmp_path: Path,
+def test_a_mutation_turns_the_comparison_red(
+    forks: Forks, mutation: str, world_size: int, parallel: Mapping[str, Any], models: dict[str, Path],
+    ones: dict[str, Path], tmp_path: Path,
 ) -> None:  # fmt: skip
     out = run(forks, "mutated", tmp_path / mutation, models["untied"], world_size, parallel=parallel, mutation=mutation)
     pair = ones["untied"], out

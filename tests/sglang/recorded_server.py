@@ -18,7 +18,8 @@ class RecordedServer(FaultyProxy):
         self._key = f"authorization: bearer {api_key}".lower()
         self._exchanges = load()
         self._is_open = False  # between begin and end
-        self.label = "default"
+        self.label = "default"  # of the weights that it generates with
+        self.told = "default"  # of those that it says it serves
         self.is_tempered = False
         self.is_busy = False  # when it is to load: a request is just ending, and what it cached stays for now
         self.checksums: dict[str, str] = {}  # other than those recorded
@@ -36,16 +37,17 @@ class RecordedServer(FaultyProxy):
             case "/server_info":
                 return recorded("what_it_is")
             case "/model_info":
-                return recorded("what_it_serves", weight_version=self.label)
+                return recorded("what_it_serves", weight_version=self.told)
             case "/generate":
                 return Reply(200, json.dumps(self._generated(body)))
             case "/update_weights_from_disk":
                 self.label = body["weight_version"]
                 if self.is_busy:
                     return recorded("load_refused", message="Weights were updated, but the cache was not flushed")
+                self.told = self.label
                 return recorded("load")
             case "/update_weight_version":
-                self.label = body["new_version"]
+                self.label = self.told = body["new_version"]
                 return recorded("rename")
             case "/begin_weight_update":
                 was_open, self._is_open = self._is_open, True
